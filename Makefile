@@ -1,0 +1,43 @@
+# One set of commands for people and CI. Every target works on a bare clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: install check test demo bench chaos golden format clean
+
+install: $(VENV)/.installed
+
+# torch first, on its own: a plain requirement would bring a build with several GB of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install
+	tests/ceph/install.sh
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+chaos: install
+	tests/ceph/install.sh
+	$(BIN)/pytest -m chaos
+
+demo: install
+	jobs/demo/run.sh $(BIN)
+
+bench: install
+	benchmarks/run.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,219 @@
+"""Reading a catalog: which versions there are, what a reference means, and fetching the files."""
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt, ValidationError
+
+from raytune_ft.catalog.layout import (
+    ADAPTERS,
+    alias_prefix,
+    aliases_prefix,
+    blob_key,
+    numbered,
+    numbers,
+    versions_prefix,
+)
+from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, parse_record
+from raytune_ft.errors import CatalogError, StorageMissing
+from raytune_ft.spec.job import NAME
+from raytune_ft.storage import Storage, disk_errors, join_uri
+
+VERSION = re.compile(r"v([0-9]+)")
+_NAMED_AT_MOST = 10
+_READERS = 8
+
+
+class AliasEntry(Entry):
+    """One move of an alias."""
+
+    schema_version: Literal[1] = 1
+    version: PositiveInt
+    previous: PositiveInt | None
+    created_at: str
+    token: str
+    """Tells a lost answer to this very write from somebody else's move."""
+
+
+@dataclass(frozen=True)
+class CatalogView:
+    """A catalog that is only read: everything here works with the right to list and read alone."""
+
+    storage: Storage
+
+    @property
+    def uri(self) -> str:
+        """Where the catalog is."""
+        return self.storage.uri
+
+    def resolve(self, reference: str) -> AdapterRecord:
+        """The record that `name`, `name@v3` or `name@alias` means; a bare name means its newest version.
+
+        Raises:
+            CatalogError: there is no such adapter, version or alias, or the record is damaged.
+            StorageError: the store cannot be read.
+        """
+        adapter, at, selector = reference.partition("@")
+        if not NAME.fullmatch(adapter) or (at and not NAME.fullmatch(selector)):
+            raise CatalogError(f"{reference!r:.200}: not a reference; write NAME, NAME@v3 or NAME@ALIAS")
+        number = VERSION.fullmatch(selector)
+        if not selector:
+            version = self.newest_version(adapter)
+        elif number:
+            version = int(number[1])
+        else:
+            _, entry = self.newest_alias_entry(adapter, selector)
+            version = entry.version if entry else 0
+        content = self.read_record(adapter, version) if version else None
+        if content is None:
+            raise CatalogError(self._not_found(adapter, selector))
+        return self._parse(content, adapter, version)
+
+    def list(self) -> list[AdapterRecord]:
+        """The record of the newest version of each adapter, by name."""
+        references = [f"{adapter}@v{version}" for adapter, version in self.newest_versions().items()]
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(self.resolve, references))
+
+    def newest_versions(self) -> dict[str, int]:
+        """The newest version of each adapter, by name, from one listing."""
+        newest: dict[str, int] = {}
+        for folder, version in numbers(self.storage.list(ADAPTERS)):
+            adapter = folder.removeprefix(ADAPTERS).partition("/")[0]
+            if NAME.fullmatch(adapter) and folder == versions_prefix(adapter):
+                newest.setdefault(adapter, version)
+        return newest
+
+    def versions(self, adapter: str) -> Sequence[int]:
+        """All versions of an adapter, ascending; none where there is no such adapter."""
+        return sorted(self._numbers(versions_prefix(adapter)))
+
+    def aliases(self, adapter: str) -> dict[str, int]:
+        """Version that each alias of an adapter means now."""
+        prefix = aliases_prefix(adapter)
+        names = dict.fromkeys(
+            folder.removeprefix(prefix).removesuffix("/") for folder, _ in numbers(self.storage.list(prefix))
+        )
+        entries = {name: self.newest_alias_entry(adapter, name)[1] for name in names if NAME.fullmatch(name)}
+        return {name: entry.version for name, entry in entries.items() if entry}
+
+    def pull(self, reference: str, to: Path) -> AdapterRecord:
+        """Fetch the files of a version into a new folder, which appears complete or not at all.
+
+        Raises:
+            CatalogError: no such version, `to` is there and not empty, or a file is not what was published.
+            StorageFull: no space is left.
+            StorageError: the store or the disk failed.
+        """
+        record = self.resolve(reference)
+        to = Path(os.path.abspath(to))
+        with disk_errors(str(to)):
+            if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+                raise CatalogError(f"{to}: is there already; name a new or empty folder")
+            to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = to.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            for entry in record.files:
+                self._fetch(record, entry, temporary / entry.name)
+            with disk_errors(str(to)):
+                temporary.rename(to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return record
+
+    def newest_version(self, adapter: str) -> int:
+        """Highest version of an adapter; 0 where there is none."""
+        return self._newest(versions_prefix(adapter))
+
+    def newest_alias_entry(self, adapter: str, alias: str) -> tuple[int, AliasEntry | None]:
+        """Number and content of an alias's last move; (0, None) where there was none."""
+        prefix = alias_prefix(adapter, alias)
+        number = self._newest(prefix)
+        if not number:
+            return 0, None
+        key = numbered(prefix, number)
+        try:
+            return number, AliasEntry.model_validate_json(self._read_small(key) or b"")
+        except ValidationError:
+            place = join_uri(self.uri, key)
+            raise CatalogError(f"{place}: not an alias's entry; the object was altered or damaged") from None
+
+    def read_record(self, adapter: str, version: int) -> bytes | None:
+        """A version's record as it is kept, or None where there is no such version."""
+        return self._read_small(numbered(versions_prefix(adapter), version))
+
+    def _parse(self, content: bytes, adapter: str, version: int) -> AdapterRecord:
+        place = join_uri(self.uri, numbered(versions_prefix(adapter), version))
+        return parse_record(content, adapter, version, place)
+
+    def _newest(self, prefix: str) -> int:
+        # One key is enough, unless something foreign lies before it.
+        for limit in (1, None):
+            for number in self._numbers(prefix, limit):
+                return number
+        return 0
+
+    def _numbers(self, prefix: str, limit: int | None = None) -> Iterator[int]:
+        return (number for folder, number in numbers(self.storage.list(prefix, limit)) if folder == prefix)
+
+    def _read_small(self, key: str) -> bytes | None:
+        """An object of the catalog's own, not trusted to be of any size."""
+        try:
+            with self.storage.open(key) as stream:
+                content = stream.read(MAX_RECORD_BYTES + 1)
+        except StorageMissing:
+            return None
+        if len(content) > MAX_RECORD_BYTES:
+            place = join_uri(self.uri, key)
+            raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
+        return content
+
+    def _fetch(self, record: AdapterRecord, entry: FileEntry, path: Path) -> None:
+        key = blob_key(entry.sha256)
+        place = f"{record.reference}: {entry.name} ({join_uri(self.uri, key)})"
+        digest, size_bytes = hashlib.sha256(), 0
+        try:
+            source = self.storage.open(key)
+        except StorageMissing as error:
+            raise CatalogError(f"{place}: is gone; publish the adapter again") from error
+        with source, disk_errors(str(path), entry.size_bytes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as target:
+                while size_bytes <= entry.size_bytes and (chunk := source.read(1 << 20)):
+                    digest.update(chunk)
+                    size_bytes += len(chunk)
+                    target.write(chunk)
+        if (digest.hexdigest(), size_bytes) != (entry.sha256, entry.size_bytes):
+            raise CatalogError(
+                f"{place}: the content is not what was published (sha256 {digest.hexdigest()[:12]}…, "
+                f"{size_bytes:,} bytes; the record says {entry.sha256[:12]}…, {entry.size_bytes:,}); "
+                "it was altered or damaged; publish the adapter again"
+            )
+
+    def _not_found(self, adapter: str, selector: str) -> str:
+        versions = self.versions(adapter)
+        if not versions:
+            names = list(self.newest_versions())
+            close = difflib.get_close_matches(adapter, names, n=1, cutoff=0.5)
+            there = f"did you mean {close[0]}?" if close else f"it holds {_some(names)}"
+            return f"{self.uri}: no adapter {adapter}; {there}"
+        if VERSION.fullmatch(selector):
+            there = _some(f"v{version}" for version in reversed(versions))
+            return f"{self.uri}: {adapter} has no version {selector}; it has {there}"
+        return f"{self.uri}: {adapter} has no alias {selector}; it has {_some(self.aliases(adapter))}"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = len(names) - _NAMED_AT_MOST
+    shown = ", ".join(names[:_NAMED_AT_MOST]) or "none"
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,0 +1,209 @@
+"""Writing to a catalog, with put-if-absent as the only means against others who write at the same time."""
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt, ValidationError
+
+from raytune_ft.catalog.layout import alias_prefix, blob_key, numbered, publish_key, versions_prefix
+from raytune_ft.catalog.lookup import VERSION, AliasEntry, CatalogView
+from raytune_ft.catalog.record import (
+    PUBLISH_ID,
+    AdapterRecord,
+    Entry,
+    FileEntry,
+    RecordDraft,
+    file_name_problem,
+    publish_id_of,
+)
+from raytune_ft.errors import CatalogError, StorageError
+from raytune_ft.spec.job import NAME
+from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
+
+
+class _Begun(Entry):
+    """Note that a publish has begun; its own version, if there is one, is above `base_version`."""
+
+    schema_version: Literal[1] = 1
+    adapter: str
+    base_version: NonNegativeInt
+
+
+class Catalog(CatalogView):
+    """A catalog that is read and written."""
+
+    @classmethod
+    def at(cls, uri: str) -> "Catalog":
+        """The catalog at a uri. Makes no request.
+
+        Raises:
+            BadInput: the uri is of no supported form.
+        """
+        return cls(open_storage(uri))
+
+    def check(self) -> None:
+        """Make sure that a publish at the end of a long run will be possible.
+
+        Raises:
+            StorageDenied: the store refuses the credentials, or to write.
+            StorageMissing: there is no such bucket.
+            StorageError: the store does not work, or does not hold what publishing rests on.
+        """
+        self.storage.check()
+        if not conditional_writes_hold(self.storage):
+            raise StorageError(
+                f"{self.uri}: this store ignores If-None-Match: two publishers could overwrite each other's "
+                "versions; use one with conditional writes (AWS S3, Ceph, MinIO, Cloudflare R2) or a folder"
+            )
+
+    def publish(self, draft: RecordDraft, files: Mapping[str, Path], *, publish_id: str) -> AdapterRecord:
+        """Publish the next version: content first, the record last and once.
+
+        A crash leaves nothing visible, and the same call completes it. A call that succeeded before returns
+        the version that it made then, whatever `draft` and `files` hold now.
+
+        Args:
+            draft: what the record says.
+            files: local file of each name in the version. They must not change meanwhile.
+            publish_id: the same for each retry, another for each new version.
+
+        Raises:
+            CatalogError: a file may not be part of a version, or the id stands for another adapter.
+            StorageError: the store or a disk failed; nothing of the version is visible.
+        """
+        if not PUBLISH_ID.fullmatch(publish_id):
+            raise ValueError(f"publish_id {publish_id!r} must be 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'")
+        entries = tuple(_describe(draft.adapter, name, path) for name, path in sorted(files.items()))
+        if not any(entry.name.endswith(".safetensors") for entry in entries):
+            raise CatalogError(
+                f"{draft.adapter}: no .safetensors file among {sorted(files)}; nothing to publish"
+            )
+        base_version = self._begin(draft.adapter, publish_id)
+        done, newest = self._find(draft.adapter, publish_id, base_version)
+        if done is not None:
+            return done
+        for entry in entries:
+            self._write_blob(entry, files[entry.name])
+        return self._claim(draft, entries, publish_id, newest + 1)
+
+    def set_alias(self, adapter: str, alias: str, version: int, *, forward_only: bool = False) -> None:
+        """Let an alias mean a version. Fine where it does already.
+
+        Args:
+            adapter: whose alias.
+            alias: its name.
+            version: what it shall mean.
+            forward_only: leave the alias where it means a newer version already, as it does when somebody
+                else has published since.
+
+        Raises:
+            CatalogError: no alias may be called so, or there is no such version.
+            StorageError: the store failed.
+        """
+        check_alias(alias)
+        self.resolve(f"{adapter}@v{version}")
+        while True:
+            number, current = self.newest_alias_entry(adapter, alias)
+            if current and (current.version == version or (forward_only and current.version > version)):
+                return
+            entry = AliasEntry(
+                version=version,
+                previous=current.version if current else None,
+                created_at=_now(),
+                token=uuid.uuid4().hex,
+            )
+            key = numbered(alias_prefix(adapter, alias), number + 1)
+            content = entry.model_dump_json().encode()
+            if self.storage.write_once(key, content) or self.storage.read(key) == content:
+                return
+
+    def _begin(self, adapter: str, publish_id: str) -> int:
+        """Note that this publish has begun; the version that was the newest when it first did."""
+        begun = _Begun(adapter=adapter, base_version=self.newest_version(adapter))
+        key = publish_key(publish_id)
+        if self.storage.write_once(key, begun.model_dump_json().encode()):
+            return begun.base_version
+        try:
+            earlier = _Begun.model_validate_json(self.storage.read(key))
+        except ValidationError:
+            place = join_uri(self.uri, key)
+            raise CatalogError(f"{place}: not a publish's note; the object was altered or damaged") from None
+        if earlier.adapter != adapter:
+            raise CatalogError(
+                f"{self.uri}: publish id {publish_id} stands for adapter {earlier.adapter}, not "
+                f"{adapter}; use another"
+            )
+        return earlier.base_version
+
+    def _find(self, adapter: str, publish_id: str, base_version: int) -> tuple[AdapterRecord | None, int]:
+        """The version that this publish made, if it did, and the newest version of all."""
+        newest = self.newest_version(adapter)
+        for version in range(newest, base_version, -1):
+            content = self.read_record(adapter, version)
+            # Of others' records nothing is asked but the id: a damaged one must not stop all who follow.
+            if content is not None and publish_id_of(content) == publish_id:
+                return self._parse(content, adapter, version), newest
+        return None, newest
+
+    def _write_blob(self, entry: FileEntry, path: Path) -> None:
+        key = blob_key(entry.sha256)
+        found = self.storage.info(key)
+        if found is None or found.size_bytes != entry.size_bytes:
+            self.storage.write(key, path)
+
+    def _claim(
+        self, draft: RecordDraft, entries: tuple[FileEntry, ...], publish_id: str, version: int
+    ) -> AdapterRecord:
+        """Create the record under the first free number from `version` on: no gap, no second winner.
+
+        Every number that is taken is looked into, since it may be this publish's own: the store's answer was
+        lost, or the same publish runs twice.
+        """
+        while True:
+            record = AdapterRecord(
+                **dict(draft),
+                version=version,
+                publish_id=publish_id,
+                created_at=_now(),
+                files=entries,
+            )
+            key = numbered(versions_prefix(draft.adapter), version)
+            if self.storage.write_once(key, record.to_bytes()):
+                return record
+            taken = self.read_record(draft.adapter, version)
+            if taken is None:
+                place = join_uri(self.uri, key)
+                raise StorageError(f"{place}: the store refuses to create it, and has none; run again")
+            if publish_id_of(taken) == publish_id:
+                return self._parse(taken, draft.adapter, version)
+            version += 1
+
+
+def check_alias(alias: str) -> None:
+    """Refuse an alias that could not be told from a version.
+
+    Raises:
+        CatalogError: the name is not plain, or has the form of a version.
+    """
+    if not NAME.fullmatch(alias) or VERSION.fullmatch(alias):
+        raise CatalogError(
+            f"alias {alias!r:.100}: must be 1 to 63 of a-z, 0-9 and '-', begin and end with a letter or "
+            "digit, and not be a version such as v3"
+        )
+
+
+def _describe(adapter: str, name: str, path: Path) -> FileEntry:
+    problem = file_name_problem(name)
+    if problem is not None:
+        raise CatalogError(f"{adapter}: the file name {name!r:.200} {problem}")
+    with disk_errors(str(path)), path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return FileEntry(name=name, sha256=digest.hexdigest(), size_bytes=stream.tell())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,250 @@
+"""What the catalog knows of a version, and the readable card that goes with its files."""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from raytune_ft.catalog.layout import numbered, versions_prefix
+from raytune_ft.errors import CatalogError
+from raytune_ft.spec.job import Name
+from raytune_ft.storage import join_uri
+
+SCHEMA_VERSION = 1
+MAX_RECORD_BYTES = 16 << 20
+FILE_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FILE_SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
+"""None of these runs code when it is loaded; pickles (.bin, .pt, .pkl) do."""
+PUBLISH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
+
+
+def _matching(pattern: re.Pattern[str], expected: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not pattern.fullmatch(text):
+            raise ValueError(f"must be {expected}")
+        return text
+
+    return AfterValidator(check)
+
+
+def file_name_problem(name: str) -> str | None:
+    """Why a file may not be part of a version, or None."""
+    if not FILE_NAME.fullmatch(name):
+        return "must be 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-', with at most one folder"
+    if not name.endswith(FILE_SUFFIXES):
+        return f"must end with {', '.join(FILE_SUFFIXES[:-1])} or {FILE_SUFFIXES[-1]}; pickles are not"
+    return None
+
+
+def _check_file_name(name: str) -> str:
+    problem = file_name_problem(name)
+    if problem is not None:
+        raise ValueError(problem)
+    return name
+
+
+Sha256 = Annotated[str, _matching(_SHA256, "64 of 0-9 and a-f")]
+
+
+class Entry(BaseModel):
+    """Base of all that the catalog keeps as JSON: nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class FileEntry(Entry):
+    """One file of a version."""
+
+    name: Annotated[str, AfterValidator(_check_file_name)]
+    sha256: Sha256
+    size_bytes: NonNegativeInt
+
+
+class BaseModelRef(Entry):
+    """The base that was trained on."""
+
+    path: str
+    """As the job gave it: a folder, uri or Hub id."""
+    digest: str
+    """Of its weights, so that another base under the same name is told apart."""
+
+
+class RecordDraft(Entry):
+    """Where a trained adapter or model came from: all that is known before it is published."""
+
+    adapter: Name
+    kind: Literal["adapter", "model"] = "adapter"
+    base: BaseModelRef
+    method: dict[str, Any]
+    """The job's `method`, resolved."""
+    job: dict[str, Any]
+    """The whole job, resolved."""
+    data: dict[str, Any]
+    """Fingerprint and counts of the training data."""
+    seed: int
+    steps: NonNegativeInt
+    tokens: NonNegativeInt
+    """All tokens that were trained on, each time they were."""
+    learned_tokens: NonNegativeInt
+    """Those of them that had a label."""
+    loss: FiniteFloat | None
+    """Mean over the learned tokens of the last step; None where nothing was trained."""
+    code_version: str
+    library_versions: dict[str, str]
+    machine: dict[str, str]
+    scores_before: dict[str, FiniteFloat] | None
+    """On the test split, with the bare base."""
+    scores_after: dict[str, FiniteFloat] | None
+    parent: str | None = None
+    """Reference of the version that training began from, if any."""
+
+
+class AdapterRecord(RecordDraft):
+    """One published version."""
+
+    schema_version: Literal[1] = 1
+    version: PositiveInt
+    publish_id: Annotated[str, _matching(PUBLISH_ID, "1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'")]
+    created_at: Annotated[str, _matching(_TIME, "an ISO time in UTC")]
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _files_fit_one_folder(self) -> "AdapterRecord":
+        # Compared without case: some file systems know none, and one file would replace the other.
+        names = [entry.name.casefold() for entry in self.files]
+        folders = {name.partition("/")[0] for name in names if "/" in name}
+        if len(set(names)) != len(names) or folders & set(names):
+            raise ValueError("files: two of them have one name")
+        return self
+
+    @property
+    def reference(self) -> str:
+        """The name that always means this version, such as `summarise@v3`."""
+        return f"{self.adapter}@v{self.version}"
+
+    def uri(self, catalog: str) -> str:
+        """Where this record stands in the catalog at a uri."""
+        return join_uri(catalog, numbered(versions_prefix(self.adapter), self.version))
+
+    def to_bytes(self) -> bytes:
+        """As it is kept: JSON, with a line end."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+def parse_record(content: bytes, adapter: str, version: int, place: str) -> AdapterRecord:
+    """Read a record, trusting nothing in it.
+
+    Args:
+        content: the JSON.
+        adapter: the name under which it was found.
+        version: the number under which it was found.
+        place: its uri, for messages.
+
+    Raises:
+        CatalogError: it is damaged, of another schema, or the record of another version.
+    """
+    schema = _field(content, "schema_version")
+    if schema != SCHEMA_VERSION:
+        raise CatalogError(
+            f"{place}: has schema_version {schema!r:.40}, and this raytune-ft reads {SCHEMA_VERSION}; "
+            "install the version that published it"
+        )
+    try:
+        record = AdapterRecord.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "record"
+        message = f"{place}: not a record of this catalog: {where}: {first['msg']}"
+        raise CatalogError(f"{message}; the object was altered or damaged") from None
+    if (record.adapter, record.version) != (adapter, version):
+        raise CatalogError(
+            f"{place}: holds the record of {record.reference}, not of {adapter}@v{version}; it was moved"
+        )
+    return record
+
+
+def publish_id_of(content: bytes) -> object:
+    """The publish id of a record, whatever else is wrong with it; None where there is none."""
+    return _field(content, "publish_id")
+
+
+def _field(content: bytes, name: str) -> object:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def model_card(draft: RecordDraft) -> str:
+    """README.md of a version: what it is, from what, how good, and how to load it."""
+    header = {
+        "base_model": draft.base.path,
+        "library_name": "peft" if draft.kind == "adapter" else "transformers",
+        "tags": ["raytune-ft", str(draft.method.get("kind", draft.kind))],
+    }
+    # JSON is YAML, and quotes whatever a path may hold.
+    front_matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    facts = {
+        "Base": _code(draft.base.path),
+        "Base digest": _code(draft.base.digest),
+        "Method": _code(json.dumps(draft.method)),
+        "Data fingerprint": _code(str(draft.data.get("fingerprint", ""))),
+        "Steps": f"{draft.steps:,}",
+        "Tokens": f"{draft.tokens:,}, {draft.learned_tokens:,} of them learned",
+        "Final loss": "-" if draft.loss is None else f"{draft.loss:.4f}",
+        "Seed": str(draft.seed),
+        "raytune-ft": draft.code_version,
+    }
+    lines = [f"| {name} | {value} |" for name, value in facts.items()]
+    table = "\n".join(["| | |", "|---|---|", *lines])
+    parts = [f"---\n{front_matter}\n---", f"# {draft.adapter}", table, _scores(draft), _loading(draft)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scores(draft: RecordDraft) -> str:
+    before, after = draft.scores_before or {}, draft.scores_after or {}
+    if not after and not before:
+        return ""
+    rows = [
+        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} |"
+        for name in sorted({*before, *after})
+    ]
+    return "\n".join(
+        ["Scores on held-out examples:", "", "| metric | before | after |", "|---|---|---|", *rows]
+    )
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _loading(draft: RecordDraft) -> str:
+    base, folder = json.dumps(draft.base.path), json.dumps(f"./{draft.adapter}")
+    lines = ["from transformers import AutoModelForCausalLM", ""]
+    if draft.kind == "adapter":
+        lines.insert(0, "from peft import PeftModel")
+        lines += [f"base = AutoModelForCausalLM.from_pretrained({base})"]
+        lines += [f"model = PeftModel.from_pretrained(base, {folder})"]
+    else:
+        lines += [f"model = AutoModelForCausalLM.from_pretrained({folder})"]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _code(text: str) -> str:
+    """Inline code that no text can break out of, nor out of its table cell."""
+    plain = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "`" + plain.replace("`", "'").replace("|", "\\|") + "`"

@@ -1,0 +1,109 @@
+"""The commands, and how they end: 0 done, 2 bad input, 3 training failed, 4 storage trouble."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from raytune_ft.cli.catalog import CatalogOption
+from raytune_ft.cli.catalog import app as catalog_app
+from raytune_ft.errors import RaytuneError
+from raytune_ft.spec import JobSpec, read_job
+
+app = typer.Typer(
+    name="raytune-ft",
+    help="Fine-tune language models on a Ray cluster: from a bucket of instructions to a bucket of adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(catalog_app, name="catalog")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Override = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as method.rank=8.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end.")]
+
+INTERRUPTED = 130
+
+
+@app.command()
+def train(
+    job_file: JobFile,
+    override: Override = [],  # noqa: B006  typer copies it
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job and publish the result; the same command goes on where it was stopped."""
+    job = read_job(job_file, override)
+    folder = output or Path("runs") / job.name
+    from raytune_ft.cli.progress import ProgressDisplay, print_result
+
+    with ProgressDisplay(quiet=as_json) as display:
+        display.update({"phase": "check"})
+        from raytune_ft.train.launch import train as run
+
+        result = run(job, folder, restart=restart, on_event=display.update)
+    if as_json:
+        print(json.dumps(result))  # noqa: T201  the one line that a program reads
+    else:
+        print_result(Console(), {**result, "report": str(folder / "report.html")})
+
+
+@app.command()
+def data(
+    job_file: JobFile,
+    override: Override = [],  # noqa: B006  typer copies it
+    examples: Annotated[int, typer.Option(min=0, help="Rendered examples to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job would learn: rendered examples, learned tokens highlighted, and the counts."""
+    from raytune_ft.cli.data import data_command
+
+    data_command(read_job(job_file, override), examples, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job file, for editors."""
+    print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201  the command's output
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The instruction; '-' reads standard input.")],
+    adapter: Annotated[str, typer.Option(metavar="NAME[@ALIAS|@vN]", help="What the catalog holds.")],
+    catalog: CatalogOption,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt with a published adapter on its base, or with a published model."""
+    from raytune_ft.evaluate.answer import answer_prompt
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    reply = answer_prompt(catalog, adapter, text, max_new_tokens=max_new_tokens)
+    print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
+
+
+def main() -> None:
+    """Entry point: every error of ours is one message on standard error and an exit code."""
+    # Libraries that count, warn and draw on their own would hide what the command says.
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        app()
+    except RaytuneError as error:
+        print(f"raytune-ft: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("raytune-ft: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,1 @@
+"""From objects in a bucket to tokenised examples, in one deterministic order."""

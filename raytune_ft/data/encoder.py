@@ -1,0 +1,94 @@
+"""The part of a tokenizer that the data pass needs, small enough to travel to every task.
+
+A Hub tokenizer takes seconds to import in each process; its Rust core and a few names take milliseconds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE = "a B1 <s>\n é中 "
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Text to token ids, never with special tokens of its own, and the names of those."""
+
+    backend: Any
+    """A `tokenizers.Tokenizer`, or the whole tokenizer where that alone would encode differently."""
+    eos_id: int | None
+    eos_token: str
+    bos_id: int | None
+    adds_bos: bool
+    """The tokenizer puts its BOS before every text by itself."""
+    end_ids: frozenset[int]
+    """EOS and the markers of the vocabulary, such as `<|im_end|>`: each ends a turn by itself."""
+    adds_space: bool
+    """It puts a word marker before every text, as SentencePiece does."""
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+    """What a chat template knows by name: bos_token, eos_token, …"""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        """The encoder of a Hub tokenizer."""
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        dressed = tokenizer("a")["input_ids"]
+        bos_id = tokenizer.bos_token_id
+        return cls(
+            backend=_backend(tokenizer),
+            eos_id=tokenizer.eos_token_id,
+            eos_token=tokenizer.eos_token or "",
+            bos_id=bos_id,
+            adds_bos=bos_id is not None and dressed[:1] == [bos_id] != plain[:1],
+            end_ids=_end_ids(tokenizer),
+            adds_space=bool(plain) and str(tokenizer.convert_ids_to_tokens(plain[0])).startswith("▁"),
+            chat_template=_chat_template(tokenizer),
+            special_tokens=dict(tokenizer.special_tokens_map),
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text by itself."""
+        return _encode(self.backend, texts)
+
+
+def _backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        # Some tokenizers do more in Python around their Rust core; those travel whole.
+        if _encode(copy, [_PROBE]) == _encode(tokenizer, [_PROBE]):
+            return copy
+    return tokenizer
+
+
+def _encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    if not texts:
+        return []
+    if isinstance(backend, Tokenizer):
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    ids: list[list[int]] = backend(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Special tokens that an answer can end with: EOS, and no unknown word, padding or BOS but EOS."""
+    special = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    inner = {tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return frozenset((special - inner) | ({tokenizer.eos_token_id} - {None}))
+
+
+def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return None if template is None else str(template)

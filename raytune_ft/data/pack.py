@@ -1,0 +1,47 @@
+"""Packing: which examples share a row. Pure functions on lengths; no torch, no ray."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+
+def pack_first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Group example indices into rows of at most `capacity` tokens, longest first.
+
+    Each example goes to the first row that has room, so the number of rows is at most 11/9 of the best
+    possible plus one (first-fit decreasing; Johnson 1973). Ties keep the given order, so that the result is a
+    function of the lengths alone.
+
+    >>> pack_first_fit([5, 3, 4, 2], capacity=7)
+    [[0, 3], [2, 1]]
+
+    Raises:
+        ValueError: a length is above the capacity.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit a row of {capacity}")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        row = next((r for r, free in enumerate(room) if free >= length), None)
+        if row is None:
+            rows.append([index])
+            room.append(capacity - length)
+        else:
+            rows[row].append(index)
+            room[row] -= length
+    return rows
+
+
+def balanced_capacity(lengths: Sequence[int], capacity: int) -> int:
+    """A short row length, at most `capacity`, at which the examples need no more rows than at `capacity`.
+
+    Rows of a batch are as long as its longest, so evening them out removes the padding of the last row.
+
+    >>> balanced_capacity([5, 5, 4, 4, 3, 3], capacity=16)
+    13
+    """
+    needed = len(pack_first_fit(lengths, capacity))
+    candidates = range(max(max(lengths), -(-sum(lengths) // needed)), capacity)
+    found = bisect_left(candidates, True, key=lambda size: len(pack_first_fit(lengths, size)) <= needed)
+    return candidates[found] if found < len(candidates) else capacity

@@ -1,0 +1,61 @@
+"""Answer one prompt with what the catalog holds: an adapter on its base, or a model."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from raytune_ft.catalog import AdapterRecord, Catalog
+from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.tokenise import ask
+from raytune_ft.errors import ModelError
+from raytune_ft.evaluate.generate import answer
+from raytune_ft.methods.lora import add_lora, load_lora
+from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder
+from raytune_ft.spec import JobSpec, LoraSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def answer_prompt(catalog_uri: str, reference: str, prompt: str, *, max_new_tokens: int) -> str:
+    """Pull `reference`, load it, and answer `prompt` greedily, rendered as in its training.
+
+    Raises:
+        CatalogError: the catalog does not hold it.
+        ModelError: its base is gone, or is another one by now.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pulled"
+        record = Catalog.at(catalog_uri).pull(reference, folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        spec, model = _load(record, folder, device)
+        tokenizer = load_tokenizer(spec)
+        encoder = Encoder.of(tokenizer)
+        prompt_ids = ask(prompt, record.data["templates"][0], encoder)
+        (reply,) = answer(
+            model,
+            tokenizer,
+            [prompt_ids],
+            end_ids=sorted(encoder.end_ids),
+            max_new_tokens=max_new_tokens,
+            batch_sequences=1,
+        )
+    return reply
+
+
+def _load(record: AdapterRecord, folder: Path, device: torch.device) -> tuple[ModelSpec, "PreTrainedModel"]:
+    job = JobSpec.model_validate(record.job)
+    if record.kind == "model":
+        spec = job.model.model_copy(update={"path": str(folder)})
+        return spec, load_base(spec, device=device)
+    if base_digest(model_folder(job.model.path)) != record.base.digest:
+        raise ModelError(
+            f"{record.reference} was trained on another base than {job.model.path} holds now; "
+            "put that base back, or train again"
+        )
+    model = load_base(job.model, device=device)
+    if isinstance(job.method, LoraSpec):
+        load_lora(add_lora(model, job.method, job.data.seed), folder)
+    return job.model, model

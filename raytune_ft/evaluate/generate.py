@@ -1,0 +1,62 @@
+"""Batched greedy answers."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def stop_token_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]
+) -> list[int]:
+    """EOS, the ends of turn that were learned, and those that the model's own generation config names."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in [*listed, *end_ids, tokenizer.eos_token_id] if token is not None})
+
+
+@torch.no_grad()
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_sequences: int,
+) -> list[str]:
+    """The model's greedy answer to each prompt of token ids, without special tokens, stripped.
+
+    Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length, padded on the left.
+    """
+    from transformers import GenerationConfig
+
+    model.eval()
+    device = next(model.parameters()).device
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_token_ids(model, tokenizer, end_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_sequences):
+        chosen = order[start : start + batch_sequences]
+        width = max(len(prompts[index]) for index in chosen)
+        ids_BT = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, index in enumerate(chosen):
+            prompt = torch.as_tensor(prompts[index], dtype=torch.long)
+            ids_BT[row, width - len(prompt) :] = prompt
+            mask_BT[row, width - len(prompt) :] = 1
+        out_BT = model.generate(
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
+        )
+        texts = tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text.strip()
+    return answers

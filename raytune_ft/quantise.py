@@ -1,0 +1,60 @@
+"""The 4- and 8-bit rules: how a base is quantised, and how its quantised values are held."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune_ft.spec import ModelSpec
+
+
+def compute_dtype(spec: ModelSpec) -> torch.dtype:
+    """Type of activations, and of weights that are not quantised."""
+    return torch.float32 if spec.weight_bits == 32 else torch.bfloat16
+
+
+def quantisation_config(spec: ModelSpec) -> Any | None:
+    """What `from_pretrained` needs to quantise while it loads; None for 16 and 32 bits."""
+    if spec.weight_bits not in (4, 8):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if spec.weight_bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(spec),
+    )
+
+
+def keep_weights_trainable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on AVX512-BF16 processors.
+
+    Its inference path repacks the weights in place at the first forward in eval mode. The packed form has no
+    gradient, and `train()` does not undo it: an evaluation before training would silently stop the learning.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each 4-bit layer by a plain one that holds the same, already rounded, values in `dtype`."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, bnb.nn.Linear4bit):
+                continue
+            weight = dequantize_4bit(child.weight.data, child.weight.quant_state).to(dtype)
+            plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(
+                weight.view(child.out_features, child.in_features), requires_grad=False
+            )
+            plain.bias = child.bias
+            setattr(parent, name, plain)

@@ -1,0 +1,174 @@
+"""A run as one HTML page that needs nothing else: no request leaves it, no script runs in it."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytune_ft.chart import Chart, chart
+from raytune_ft.evaluate.scores import Scale, is_right, scale_of
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the page shows; plain JSON values throughout."""
+
+    title: str
+    job: dict[str, Any]
+    """The resolved job."""
+    result: dict[str, Any]
+    """The fields of the JSON line that `raytune-ft train --json` prints."""
+    history: list[dict[str, Any]]
+    """One entry per step: step, loss, learning_rate, grad_norm, tokens, seconds, perhaps validation_loss."""
+    scores_before: dict[str, float] | None
+    scores_after: dict[str, float] | None
+    samples: list[dict[str, Any]]
+    """Test examples: prompt, references, before, after."""
+    data_counts: dict[str, Any]
+    """`{"sources": [{"uri": …, "records": …}, …], "total": {…}}`."""
+    machine: dict[str, str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score before and after; widths of its bars in per cent, None where it has no upper end."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+    bar_before: float | None
+    bar_after: float | None
+
+
+def write_report(report: RunReport, path: Path) -> None:
+    """Write the page; one that is there is replaced as a whole.
+
+    Args:
+        report: what to show.
+        path: the HTML file; its folder must exist.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("raytune_ft", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        headline=headline(report),
+        loss=chart("Loss", report.history, "loss", dots="validation_loss"),
+        small_charts=_small_charts(report.history),
+        scores=score_rows(report.scores_before or {}, report.scores_after or {}),
+        samples=[_judged(sample) for sample in report.samples],
+        job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
+        commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
+        counts=_count_rows(report.data_counts),
+    )
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
+    """The commands that answer a prompt with what was published, and that fetch its files.
+
+    >>> usage_commands({"adapter": "sums", "version": 3, "catalog": "s3://adapters"})[1]
+    'raytune-ft catalog pull sums@v3 --catalog s3://adapters --to sums'
+    """
+    reference = f"{result['adapter']}@v{result['version']}"
+    # Without it both commands look at RAYTUNE_CATALOG.
+    catalog = f" --catalog {shlex.quote(result['catalog'])}" if result.get("catalog") else ""
+    return (
+        f"raytune-ft generate --adapter {reference}{catalog} 'YOUR PROMPT'",
+        f"raytune-ft catalog pull {reference}{catalog} --to {result['adapter']}",
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> duration_text(4.26), duration_text(83), duration_text(7384)
+    ('4.3 s', '1 min 23 s', '2 h 3 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, whole_s = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{whole_s} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {whole_s} s"
+
+
+def headline(report: RunReport) -> list[tuple[str, str, str]]:
+    """The large figures: value, label, and a remark on it."""
+    result, figures = report.result, []
+    after, before = report.scores_after or {}, report.scores_before or {}
+    for name in list(after)[:1]:
+        scale = scale_of(name)
+        was = f"before: {scale.text(before[name])}" if name in before else ""
+        figures.append((scale.text(after[name]), f"{scale.label} on unseen examples", was))
+    if result.get("loss") is not None:
+        first = f"began at {report.history[0]['loss']:.3f}" if report.history else ""
+        figures.append((f"{result['loss']:.3f}", "training loss", first))
+    figures.append((f"{result['steps']:,}", "steps", f"{duration_text(result['seconds'])} in all"))
+    if result.get("tokens_per_second") is not None:
+        figures.append((f"{result['tokens_per_second']:,.0f}", "tokens per second", "while training"))
+    if result.get("peak_memory_bytes"):
+        figures.append((f"{result['peak_memory_bytes'] / 2**30:.2f} GiB", "peak memory", "of the worker"))
+    return figures
+
+
+def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[ScoreRow]:
+    """Scores before and after, side by side, in the order of `after`."""
+    return [_score_row(scale_of(name), before.get(name), value) for name, value in after.items()]
+
+
+def _score_row(scale: Scale, before: float | None, after: float) -> ScoreRow:
+    change, better = "", None
+    if before is not None and math.isfinite(after - before):
+        sign = "+" if after > before else "−" if after < before else ""
+        change = sign + scale.text(abs(after - before)).removesuffix(" %")
+        better = None if after == before else (after > before) == (scale.best is not None)
+    return ScoreRow(
+        label=scale.label,
+        before="–" if before is None else scale.text(before),
+        after=scale.text(after),
+        change=change,
+        better=better,
+        bar_before=None if scale.best is None or before is None else 100 * before / scale.best,
+        bar_after=None if scale.best is None else 100 * after / scale.best,
+    )
+
+
+def _judged(sample: Mapping[str, Any]) -> dict[str, Any]:
+    right = {f"{when}_right": is_right(sample[when], sample["references"]) for when in ("before", "after")}
+    return {**sample, **right}
+
+
+def _count_rows(counts: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
+    sources = [dict(source) for source in counts["sources"]]
+    rows = [(source.pop("uri"), source) for source in sources]
+    return [*rows, ("all", counts["total"])] if len(rows) != 1 else rows
+
+
+def _small_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    timed = [
+        {**entry, "tokens_per_second": entry["tokens"] / entry["seconds"] if entry["seconds"] else math.nan}
+        for entry in history
+    ]
+    titles = {
+        "learning_rate": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "tokens_per_second": "Tokens per second",
+    }
+    return [chart(title, timed, key) for key, title in titles.items()]

@@ -1,0 +1,46 @@
+"""The job file: its types and how it is read."""
+
+from raytune_ft.spec.job import (
+    BatchSpec,
+    CheckpointSpec,
+    ClusterSpec,
+    DataSpec,
+    EvaluateSpec,
+    FieldsSpec,
+    FullSpec,
+    JobSpec,
+    LoraSpec,
+    MethodSpec,
+    Metric,
+    ModelSpec,
+    OptimizerSpec,
+    PublishSpec,
+    ScheduleSpec,
+    Section,
+    SourceSpec,
+    SplitSpec,
+)
+from raytune_ft.spec.read import parse_job, read_job
+
+__all__ = [
+    "BatchSpec",
+    "CheckpointSpec",
+    "ClusterSpec",
+    "DataSpec",
+    "EvaluateSpec",
+    "FieldsSpec",
+    "FullSpec",
+    "JobSpec",
+    "LoraSpec",
+    "MethodSpec",
+    "Metric",
+    "ModelSpec",
+    "OptimizerSpec",
+    "PublishSpec",
+    "ScheduleSpec",
+    "Section",
+    "SourceSpec",
+    "SplitSpec",
+    "parse_job",
+    "read_job",
+]

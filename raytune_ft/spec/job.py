@@ -1,0 +1,273 @@
+"""The job file as types. No torch, no ray; validators check, they never fill.
+
+A value that is derived from others is a function or a property, so that the resolved job which is kept
+beside an adapter says exactly what its author wrote, plus the defaults.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Job, adapter and alias names: they become keys, folders and submission ids."""
+
+SUPPORTED_SCHEMES = ("file", "s3")
+
+
+def _check_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', and begin and end with a letter or digit")
+    return name
+
+
+def _check_location(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    if not uri.strip():
+        raise ValueError("must not be empty")
+    if not separator:
+        return uri
+    if scheme not in SUPPORTED_SCHEMES:
+        raise ValueError(f"scheme '{scheme}' is not supported; use a folder, file:// or s3://")
+    if "@" in rest.partition("/")[0]:
+        raise PydanticCustomError(
+            "secret", "holds credentials; remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return uri
+
+
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+Location = Annotated[
+    str, AfterValidator(_check_location), Field(json_schema_extra={"format": "uri-reference"})
+]
+"""A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded."""
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    path: Location
+    """Base model: a folder, `file://`, `s3://`, or a Hub id such as `meta-llama/Llama-3.2-1B`."""
+    weight_bits: Literal[4, 8, 16, 32] = 4
+    """4: NF4 with double quantisation; 8: LLM.int8; 16: bfloat16; 32: float32."""
+    resident: Literal["auto", "packed", "dequantised"] = "auto"
+    """How a 4-bit base is held while training. `dequantised` keeps the bfloat16 values of the quantised
+    weights: the same numbers, more memory, no dequantisation in each step. `auto` lets the planner choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+
+class FieldsSpec(Section):
+    """Which columns hold what, where the names differ from the usual ones. Dotted paths reach inside."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    system: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+
+class SourceSpec(Section):
+    uri: Location
+    """A file, a folder or a glob such as `s3://datasets/tasks/*.json`."""
+    template: str = "auto"
+    """How a record becomes text: a name (`raytune-ft data --templates` lists them), `chat` for the
+    tokenizer's own chat template, inline Jinja2, or `auto` by the record's shape."""
+    format: Literal["auto", "jsonl", "json", "natural-instructions", "csv", "parquet", "arrow"] = "auto"
+    """`auto` finds it by content."""
+    fields: FieldsSpec = FieldsSpec()
+    weight: PositiveFloat = 1.0
+    """Each epoch takes `weight` × the source's examples: 0.5 half of them, 2.0 each of them twice."""
+
+
+class SplitSpec(Section):
+    """Fractions by a hash of each example's input: equal inputs never stand on both sides."""
+
+    validation: Fraction = 0.05
+    test: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self) -> "SplitSpec":
+        if self.validation + self.test >= 1.0:
+            raise ValueError(
+                f"validation + test = {self.validation + self.test:g} leaves no training data; the limit is 1"
+            )
+        return self
+
+
+class DataSpec(Section):
+    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
+    split: SplitSpec = SplitSpec()
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longest example, and longest packed row, in tokens."""
+    too_long: Literal["drop", "cut"] = "drop"
+    """What happens to an example above `max_tokens`: dropped, or its prompt cut from the left so that all
+    learned tokens stay (dropped where they alone do not fit). Both are counted."""
+    packing: bool = True
+    """Pack the examples of a step into shared rows. Attention never crosses an example, so the result is
+    the same to rounding; only padding goes."""
+    max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """More malformed records than this stop the job before any training."""
+    seed: NonNegativeInt = 0
+    """Order of the data, initial adapter weights and dropout."""
+
+
+class LoraSpec(Section):
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank r of the update B·A (Hu et al. 2021)."""
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Probability of zeroing an input of A."""
+    targets: Literal["all-linear", "attention"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Modules with an update: all linear layers but the head, the attention projections, or name suffixes."""
+
+
+class FullSpec(Section):
+    kind: Literal["full"] = "full"
+
+
+def _method_kind(value: Any) -> Any:
+    """`kind` may be left out: it is lora by default, like every other field."""
+    if isinstance(value, dict):
+        return value.get("kind", LoraSpec.model_fields["kind"].default)
+    return getattr(value, "kind", None)
+
+
+MethodSpec = Annotated[
+    Annotated[LoraSpec, Tag("lora")] | Annotated[FullSpec, Tag("full")],
+    Discriminator(_method_kind),
+]
+
+
+class OptimizerSpec(Section):
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    learning_rate: PositiveFloat = 2.0e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    epsilon: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this; null: never."""
+
+
+class ScheduleSpec(Section):
+    epochs: PositiveInt | None = None
+    """Passes over the training split; 1 where neither this nor `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    warmup: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
+    """Fraction of the steps in which the learning rate rises linearly from zero."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "ScheduleSpec":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class BatchSpec(Section):
+    sequences: PositiveInt = 32
+    """Examples per optimizer step, over all workers and accumulation steps."""
+    sequences_per_worker: PositiveInt | Literal["auto"] = "auto"
+    """Examples per forward pass. `auto` takes the most that fits; the result does not depend on it."""
+
+
+class ClusterSpec(Section):
+    workers: PositiveInt = 1
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: a GPU where the cluster has one."""
+    max_restarts: NonNegativeInt = 3
+    """Lost workers that a run survives. Bad input is never retried."""
+
+
+class CheckpointSpec(Section):
+    every_steps: PositiveInt = 100
+    keep: PositiveInt = 2
+
+
+Metric = Literal["exact_match", "rouge", "bleu", "chrf"]
+
+
+class EvaluateSpec(Section):
+    metrics: tuple[Metric, ...] = ("exact_match", "rouge", "bleu")
+    """Measured on the test split before and after; empty: no evaluation."""
+    max_examples: PositiveInt = 200
+    max_new_tokens: PositiveInt = 32
+    batch_sequences: PositiveInt = 32
+    """Prompts that are answered at once."""
+
+
+class PublishSpec(Section):
+    catalog: Location
+    adapter: Name | None = None
+    """Name in the catalog; the job's name where not given."""
+    alias: Name | None = "candidate"
+    """Alias that moves to the new version; null: none."""
+
+
+class JobSpec(Section):
+    name: Name
+    model: ModelSpec
+    data: DataSpec
+    method: MethodSpec = LoraSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    batch: BatchSpec = BatchSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    publish: PublishSpec
+
+    @property
+    def adapter_name(self) -> str:
+        """Name under which the result stands in the catalog."""
+        return self.publish.adapter or self.name
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "JobSpec":
+        per_worker = self.batch.sequences_per_worker
+        if per_worker != "auto" and self.batch.sequences % (per_worker * self.cluster.workers):
+            unit = per_worker * self.cluster.workers
+            nearest = max(unit, round(self.batch.sequences / unit) * unit)
+            raise ValueError(
+                f"batch.sequences = {self.batch.sequences} is not a multiple of cluster.workers × "
+                f"batch.sequences_per_worker = {unit}; try {nearest}"
+            )
+        if isinstance(self.method, FullSpec) and self.model.weight_bits < 16:
+            raise ValueError(
+                f"method.kind = full trains every weight, and model.weight_bits = {self.model.weight_bits} "
+                "holds them frozen; use 16 or 32, or method.kind = lora"
+            )
+        if self.cluster.workers > 1:
+            raise ValueError(
+                f"cluster.workers = {self.cluster.workers}: this version trains on 1 worker; set it to 1"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The job with all defaults, as plain JSON values."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Training: the driver, the worker, the loop and what it drives."""

@@ -1,0 +1,182 @@
+"""The bank: one resident base on one device, and what is trained on it."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raytune_ft.errors import ModelError, OutOfMemory
+from raytune_ft.methods.lora import set_step
+from raytune_ft.planner import LOGITS_CHUNK_TOKENS
+from raytune_ft.spec import OptimizerSpec
+from raytune_ft.train.batch import Batch
+from raytune_ft.train.loss import Project, cross_entropy_sum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHTS = "trainable.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_FORWARDS_PER_STEP = 1 << 16
+
+
+def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or its 8-bit and paged kinds (Dettmers et al. 2022, 2023).
+
+    Weight decay acts on matrices only: pulling norms and biases to zero has no regularising meaning.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
+    if spec.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    import bitsandbytes as bnb
+
+    # Paging moves state between a GPU's memory and the host's; on CPU there is one memory.
+    paged = spec.kind.startswith("paged") and parameters[0].device.type == "cuda"
+    if spec.kind == "paged_adamw_32bit":
+        kind = bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit
+    else:
+        kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, **settings)
+    return optimizer
+
+
+def language_head(model: "PreTrainedModel") -> tuple[Project, list[Tensor]]:
+    """The head as a function of hidden states, and its tensors.
+
+    Gemma caps its logits, Granite divides and Cohere multiplies them; the head module alone would miss it.
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def project(hidden: Tensor) -> Tensor:
+        logits: Tensor = head(hidden)
+        if factor != 1.0:
+            logits = logits * factor
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return project, list(head.parameters())
+
+
+class BankEngine:
+    """Trains the given parameters of a model that stays on its device.
+
+    Parameters in bfloat16 are trained through float32 master copies: AdamW's small steps would vanish in
+    bfloat16's 8 bits of mantissa.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: OptimizerSpec,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+        self.device = next(model.parameters()).device
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        self.optimizer = make_optimizer(list(self.masters.values()), optimizer)
+        self._project, self._head = language_head(model)
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+
+    def accumulate(self, batch: Batch, *, step: int, forward: int, learned_tokens: int) -> float:
+        """See `Engine.accumulate`.
+
+        Raises:
+            OutOfMemory: the device's memory does not hold the pass.
+        """
+        set_step(self.model, step * _FORWARDS_PER_STEP + forward)
+        self.model.train()
+        try:
+            loss_sum = self.loss_sum(batch)
+            (loss_sum / learned_tokens).backward()  # type: ignore[no-untyped-call]  # torch does not type it
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
+                f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
+            ) from None
+        return float(loss_sum.detach())
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies of the learned tokens: hidden states for all, logits for those alone."""
+        batch = batch.to(self.device)
+        # Without an attention mask the model reads the borders of packed examples from the positions.
+        output = self.model.base_model(
+            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+        )
+        hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predictor_N)
+        return cross_entropy_sum(hidden_ND, batch.labels_N, self._project, self._head, LOGITS_CHUNK_TOKENS)
+
+    def update(self, learning_rate: float) -> float:
+        """See `Engine.update`."""
+        copies = [
+            (p, self.masters[name]) for name, p in self.parameters.items() if p is not self.masters[name]
+        ]
+        for parameter, master in copies:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), limit)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in copies:
+                parameter.copy_(master)
+        return float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """See `Engine.evaluate`."""
+        self.model.eval()
+        return float(self.loss_sum(batch))
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}, folder / _WEIGHTS
+        )
+        torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`.
+
+        Raises:
+            ModelError: the checkpoint is of another model or method.
+        """
+        tensors = load_file(folder / _WEIGHTS)
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.masters.items()}:
+            raise ModelError("the checkpoint is of another model or method; --restart starts over")
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[name])
+                self.parameters[name].copy_(tensors[name])
+        state = torch.load(folder / _OPTIMIZER, map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,60 @@
+"""A training checkpoint: the engine's files and where in the run they stand."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.errors import DataError, ModelError
+from raytune_ft.planner import Choice, MemoryPlan
+from raytune_ft.train.engine import Engine
+
+_POSITION_FILE = "position.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stopped, and on what."""
+
+    step: int
+    """Optimizer steps done."""
+    data_fingerprint: str
+    base_digest: str
+    choice: Choice
+    """What `auto` became: a resumed run computes in the same order, even on another machine."""
+    threads: int
+    """CPU threads: sums are divided among them, so that their number is part of the result's last bits."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A report of every step so far: the loss curve survives a kill."""
+    before: dict[str, Any] | None = None
+    """Evaluation of the bare base, which is not repeated."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_checkpoint(folder: Path, engine: Engine, position: Position) -> None:
+    """Write engine and position into `folder`."""
+    engine.save(folder)
+    (folder / _POSITION_FILE).write_text(json.dumps(asdict(position)))
+
+
+def read_position(folder: Path, *, data_fingerprint: str, base_digest: str) -> Position:
+    """The position that stands beside the engine's files.
+
+    Raises:
+        DataError: the checkpoint was trained on other data.
+        ModelError: it is of another base, or written by another version.
+    """
+    kept = json.loads((folder / _POSITION_FILE).read_text())
+    if kept.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"the checkpoint has schema version {kept.get('schema_version')}, and this program reads "
+            f"{SCHEMA_VERSION}; --restart starts over"
+        )
+    choice = kept.pop("choice")
+    position = Position(choice=Choice(**{**choice, "memory": MemoryPlan(**choice["memory"])}), **kept)
+    if position.data_fingerprint != data_fingerprint:
+        raise DataError("the data changed since the checkpoint was written; --restart starts over")
+    if position.base_digest != base_digest:
+        raise ModelError("the base model changed since the checkpoint was written; --restart starts over")
+    return position

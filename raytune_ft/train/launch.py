@@ -1,0 +1,257 @@
+"""The driver: checks what needs no GPU, passes the data, starts the worker, keeps the result."""
+
+import json
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raytune_ft.catalog import Catalog
+from raytune_ft.data.prepare import PreparedData, prepare
+from raytune_ft.data.sources import fingerprint, list_objects
+from raytune_ft.errors import BadInput, RaytuneError, TrainingError
+from raytune_ft.models import load_tokenizer, model_folder, read_facts
+from raytune_ft.planner import check_max_tokens
+from raytune_ft.report import RunReport, write_report
+from raytune_ft.spec import JobSpec
+from raytune_ft.storage import arrow_filesystem
+from raytune_ft.tensorboard import ScalarLog
+from raytune_ft.train.progress import Event, EventReader
+from raytune_ft.train.run import Run, RunState
+from raytune_ft.train.worker import Assignment, Outcome, train_worker
+
+_POLL_S = 0.2
+OnEvent = Callable[[Event], None]
+
+
+def train(
+    job: JobSpec, output: Path, *, restart: bool = False, on_event: OnEvent = lambda _: None
+) -> dict[str, Any]:
+    """Run a job to a published adapter, or go on with it where it stopped.
+
+    Args:
+        job: the checked job file.
+        output: local folder for report, resolved job, result, quarantine and TensorBoard scalars.
+        restart: forget the run's checkpoints and result, and begin anew.
+        on_event: hears of every phase and step while the run goes on.
+
+    Returns:
+        The result: adapter, version, uri, steps, loss, scores, speed, memory and seconds.
+
+    Raises:
+        BadInput: found before any training.
+        TrainingError: training could not go on.
+        StorageError: the store failed for longer than the retries last.
+    """
+    check_base(job)
+    Catalog.at(job.publish.catalog).check()
+    objects = list_objects(job.data)
+    objects_fingerprint = fingerprint(objects)
+    run = Run(job)
+    if restart:
+        run.clear()
+    elif result := run.finished(objects_fingerprint):
+        return result
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
+    with ray_session():
+        on_event({"phase": "data"})
+        data = _pass_data(job, output)
+        state = run.begin(data.fingerprint)
+        on_event({"phase": "start"})
+        outcome = _run_worker(job, run, state, data, output, on_event)
+    _keep(job, outcome, data, output)
+    run.finish(outcome.result, objects_fingerprint)
+    return outcome.result
+
+
+def check_base(job: JobSpec) -> None:
+    """Find out from its description alone whether the base can be trained as the job says.
+
+    Raises:
+        ModelError: it is missing, unsafe, or does not match the job.
+    """
+    check_max_tokens(job, read_facts(model_folder(job.model.path, weights=False)))
+    load_tokenizer(job.model)
+
+
+def _pass_data(job: JobSpec, output: Path) -> PreparedData:
+    quarantine = output / "quarantine.jsonl"
+    quarantine.unlink(missing_ok=True)
+    return prepare(job, quarantine)
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """The cluster that `RAY_ADDRESS` names, or one on this machine for as long as the run lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    # Ray Train looks for the end of the worker this often; its default of 2 s is a large part of a short job.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    with warnings.catch_warnings():
+        # Ray announces changes of its defaults to GPU-less clusters; nothing here depends on them.
+        warnings.simplefilter("ignore", FutureWarning)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _run_worker(
+    job: JobSpec, run: Run, state: RunState, data: PreparedData, output: Path, on_event: OnEvent
+) -> Outcome:
+    use_gpu = _use_gpu(job)
+    threads = 1 if use_gpu else _largest_node_cpus()
+    assignment = Assignment(
+        job=job,
+        state=state,
+        data={"fingerprint": data.fingerprint, "counts": data.counts.to_json(), "templates": data.templates},
+        end_ids=data.end_ids,
+        tables=data.examples.to_arrow_refs(),
+        use_gpu=use_gpu,
+        threads=threads,
+    )
+    filesystem, path = arrow_filesystem(run.parent_uri)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=job.cluster.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": threads} | _gpu(use_gpu),
+        ),
+        run_config=RunConfig(
+            name=run.id,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=job.cluster.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
+        ),
+    )
+    with _watch(state.attempt, output / "tensorboard", on_event):
+        try:
+            returned = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(
+                f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
+                f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
+            ) from error
+    if isinstance(returned, RaytuneError):
+        raise returned
+    outcome: Outcome = returned
+    return outcome
+
+
+def _use_gpu(job: JobSpec) -> bool:
+    there = ray.cluster_resources().get("GPU", 0)
+    if job.cluster.device == "gpu" and not there:
+        raise BadInput("cluster.device = gpu: the cluster has no GPU; add a GPU node, or use device: auto")
+    return bool(there) and job.cluster.device != "cpu"
+
+
+def _gpu(use_gpu: bool) -> dict[str, float]:
+    return {"GPU": 1} if use_gpu else {}
+
+
+def _largest_node_cpus() -> int:
+    return max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+@contextmanager
+def _watch(channel: str, folder: Path, on_event: OnEvent) -> Iterator[None]:
+    """Follow the worker's events from a thread, since `fit` blocks, until the block ends."""
+    reader = EventReader(channel)
+    scalars = ScalarLog(folder)
+    follower = _Follower(scalars, on_event)
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(_POLL_S):
+            follower.take(reader)
+
+    thread = threading.Thread(target=follow, name="events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        follower.take(reader)
+        reader.close()
+        scalars.close()
+
+
+class _Follower:
+    """Turns the worker's events into scalars and into what a display shows; a repeated step counts once."""
+
+    def __init__(self, scalars: ScalarLog, on_event: OnEvent) -> None:
+        self._scalars = scalars
+        self._on_event = on_event
+        self._step = 0
+
+    def take(self, reader: EventReader) -> None:
+        """Handle all events that have come."""
+        for event in reader.read():
+            history = event.pop("history", [])
+            for entry in history:
+                if entry["step"] > self._step:
+                    self._step = entry["step"]
+                    self._scalars.write(entry["step"], _scalars(entry))
+            if history:
+                last = history[-1]
+                event |= {"step": last["step"], "loss": last["loss"], "tokens_per_second": _speed(history)}
+            self._on_event(event)
+
+
+def _scalars(entry: dict[str, Any]) -> dict[str, float]:
+    named = {
+        "train/loss": entry["loss"],
+        "train/learning_rate": entry["learning_rate"],
+        "train/grad_norm": entry["grad_norm"],
+        "train/tokens_per_second": _speed([entry]),
+    }
+    if "validation_loss" in entry:
+        named["validation/loss"] = entry["validation_loss"]
+    return named
+
+
+def _speed(history: list[dict[str, Any]]) -> float:
+    return float(sum(entry["tokens"] for entry in history) / sum(entry["seconds"] for entry in history))
+
+
+def _keep(job: JobSpec, outcome: Outcome, data: PreparedData, output: Path) -> None:
+    """Write what a person reads afterwards."""
+    (output / "result.json").write_text(json.dumps(outcome.result) + "\n")
+    report = RunReport(
+        title=job.name,
+        job=job.resolved(),
+        result=outcome.result,
+        history=outcome.history,
+        scores_before=outcome.result["scores_before"],
+        scores_after=outcome.result["scores_after"],
+        samples=outcome.samples,
+        data_counts=data.counts.to_json(),
+        machine=outcome.machine,
+        versions=outcome.versions,
+    )
+    write_report(report, output / "report.html")

@@ -1,0 +1,90 @@
+"""A run's identity and its folder in the bucket: what makes the same command go on where it stopped."""
+
+import hashlib
+import json
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raytune_ft.errors import DataError
+from raytune_ft.spec import JobSpec
+from raytune_ft.storage import Storage, open_storage
+
+_TRAINING_SECTIONS = ("model", "data", "method", "optimizer", "schedule", "batch")
+_STATE_FILE = "run.json"
+_RESULT_FILE = "result.json"
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run that goes on must share with its start."""
+
+    schema_version: int
+    attempt: str
+    """Names this attempt: `--restart` begins another, whose result is another version."""
+    data_fingerprint: str
+
+    def publish_id(self, job: JobSpec) -> str:
+        """The same for every retry of this attempt with this job, so that it is published once."""
+        return f"{self.attempt}-{digest(job.resolved())[:12]}"
+
+
+class Run:
+    """The folder `<catalog>/runs/<job>/<id>`; the id covers all sections that training depends on."""
+
+    def __init__(self, job: JobSpec) -> None:
+        resolved = job.resolved()
+        self.job = job
+        self.id = digest({section: resolved[section] for section in _TRAINING_SECTIONS})[:16]
+        self.parent_uri = f"{job.publish.catalog.rstrip('/')}/runs/{job.name}"
+        self.storage: Storage = open_storage(f"{self.parent_uri}/{self.id}")
+
+    def clear(self) -> None:
+        """Forget all that the run left: checkpoints, state and result."""
+        # The state goes first: a half-cleared folder then counts as no run.
+        self.storage.delete(_STATE_FILE)
+        for found in list(self.storage.list()):
+            self.storage.delete(found.key)
+
+    def finished(self, objects_fingerprint: str) -> dict[str, Any] | None:
+        """The result, where this very job has been done on these very objects."""
+        text = self.storage.read_or_none(_RESULT_FILE)
+        if text is None:
+            return None
+        kept: dict[str, Any] = json.loads(text)
+        same = kept["job"] == digest(self.job.resolved()) and kept["objects"] == objects_fingerprint
+        return kept["result"] if same else None
+
+    def finish(self, result: dict[str, Any], objects_fingerprint: str) -> None:
+        """Remember the result, so that the same command need not train again."""
+        kept = {"job": digest(self.job.resolved()), "objects": objects_fingerprint, "result": result}
+        self.storage.write(_RESULT_FILE, json.dumps(kept).encode())
+
+    def begin(self, data_fingerprint: str) -> RunState:
+        """The state of the run that is under way, or of a new one.
+
+        A finished run on other data is no obstacle: a new one begins.
+
+        Raises:
+            DataError: the data changed under a run that is not finished.
+        """
+        kept = self.storage.read_or_none(_STATE_FILE)
+        if kept is not None:
+            state = RunState(**json.loads(kept))
+            if state.data_fingerprint == data_fingerprint:
+                return state
+            if self.storage.info(_RESULT_FILE) is None:
+                raise DataError(
+                    f"{self.job.name}: the data changed since this run began "
+                    f"(fingerprint {state.data_fingerprint[:12]} then, {data_fingerprint[:12]} now); "
+                    "put the old data back, or start over with --restart"
+                )
+            self.clear()
+        state = RunState(1, uuid.uuid4().hex[:16], data_fingerprint)
+        self.storage.write(_STATE_FILE, json.dumps(asdict(state)).encode())
+        return state

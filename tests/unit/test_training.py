@@ -1,0 +1,326 @@
+"""The training core on tiny real models: packing, loss, engine, loop. No cluster."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raytune_ft.errors import Diverged, ModelError
+from raytune_ft.methods import METHODS
+from raytune_ft.models import load_base
+from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
+from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.batch import Batch, Layout, Tokens
+from raytune_ft.train.loop import StepReport, fit, mean_loss
+from raytune_ft.train.loss import cross_entropy_sum
+from raytune_ft.train.probe import check_isolation
+from raytune_ft.train.schedule import learning_rate
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+CPU = torch.device("cpu")
+FP32 = OptimizerSpec(learning_rate=1e-2)
+
+
+def tokens(*lengths: int, seed: int = 0) -> list[Tokens]:
+    """Random examples, the second half of each learned."""
+    random = np.random.default_rng(seed)
+    return [Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2) for n in lengths]
+
+
+def layout(*, packing: bool = True, sequences: int | None = None, per_forward: int = 4096) -> Layout:
+    return Layout(packing, 64, 2, sequences, per_forward)
+
+
+def engine(
+    method: LoraSpec | FullSpec | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    optimizer: OptimizerSpec = FP32,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> BankEngine:
+    base = model or tiny.llama()
+    base.requires_grad_(False)
+    spec = method or LoraSpec(rank=4, alpha=8)
+    parameters = METHODS[type(spec)].add(base, spec, seed)
+    return BankEngine(base, parameters, optimizer, gradient_checkpointing=checkpointing)
+
+
+def train(
+    bank: BankEngine, steps: Sequence[Sequence[Batch]], *, start: int = 0, rate: float = 1e-2
+) -> list[StepReport]:
+    reports: list[StepReport] = []
+    fit(bank, steps, start=start, learning_rate=lambda _: rate, report=reports.append)
+    return reports
+
+
+def some_steps(count: int, how: Layout | None = None) -> list[list[Batch]]:
+    return [(how or layout()).batches(tokens(9, 14, 5, 22, 7, seed=step)) for step in range(count)]
+
+
+class TestBatch:
+    def test_every_learned_token_has_its_predictor(self) -> None:
+        examples = tokens(9, 14, 5)
+        for batch in layout().batches(examples):
+            flat = batch.input_ids_BT.flatten()
+            assert torch.equal(flat[batch.predictor_N + 1], batch.labels_N)
+        assert sum(b.learned_tokens for b in layout().batches(examples)) == sum(
+            int(e.learned[1:].sum()) for e in examples
+        )
+
+    @settings(deadline=None)
+    @given(
+        st.lists(st.integers(2, 64), min_size=1, max_size=20), st.booleans(), st.none() | st.integers(1, 6)
+    )
+    def test_no_token_is_lost_however_it_is_laid_out(
+        self, lengths: list[int], packing: bool, per: int | None
+    ) -> None:
+        examples = tokens(*lengths)
+        batches = layout(packing=packing, sequences=per, per_forward=128).batches(examples)
+        assert sum(batch.tokens for batch in batches) == sum(lengths)
+        labels = sorted(label for batch in batches for label in batch.labels_N.tolist())
+        assert labels == sorted(int(i) for e in examples for i in e.input_ids[1:][e.learned[1:]])
+        assert all(batch.input_ids_BT.shape[1] <= 64 for batch in batches)
+        if per is None:
+            assert all(batch.input_ids_BT.numel() <= 128 for batch in batches)
+
+    def test_packing_one_full_row_has_no_padding(self) -> None:
+        (batch,) = layout().batches(tokens(20, 14, 30))
+        assert batch.input_ids_BT.shape == (1, 64)
+        assert batch.tokens == 64
+
+
+class TestPackedAttention:
+    @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2], ids=["llama", "gpt2"])
+    def test_logits_in_a_shared_row_equal_those_alone(self, build: type[PreTrainedModel]) -> None:
+        model = build()
+        examples = tokens(9, 14, 5)
+        (batch,) = layout().batches(examples)
+        shared = model(
+            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+        ).logits[0]
+        order = [1, 0, 2]  # longest first
+        for index, logits in zip(order, torch.split(shared, [14, 9, 5]), strict=True):
+            alone = model(input_ids=torch.from_numpy(examples[index].input_ids)[None]).logits[0]
+            torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+
+    def test_another_example_in_the_row_changes_nothing(self) -> None:
+        model = tiny.llama()
+        first, second, other = tokens(9)[0], tokens(14)[0], tokens(14, seed=7)[0]
+        hidden = []
+        for neighbour in (second, other):
+            (batch,) = layout().batches([neighbour, first])
+            hidden.append(
+                model(
+                    input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+                ).logits[0, 14:]
+            )
+        assert torch.equal(hidden[0], hidden[1])
+
+    def test_the_probe_passes_sound_models(self) -> None:
+        for model in (tiny.llama(), tiny.gpt2(), tiny.llama().to(torch.bfloat16)):
+            check_isolation(model, packed=True)
+            check_isolation(model, packed=False)
+
+    def test_the_probe_catches_a_model_that_ignores_borders(self) -> None:
+        model = tiny.llama()
+        forward = model.base_model.forward
+
+        def leaking(*, position_ids: torch.Tensor | None = None, **rest: object) -> object:
+            whole_row = None if position_ids is None else torch.arange(position_ids.shape[1])[None]
+            return forward(position_ids=whole_row, **rest)
+
+        model.base_model.forward = leaking
+        with pytest.raises(
+            ModelError, match=r"LlamaForCausalLM gives other logits .*: set data.packing: false"
+        ):
+            check_isolation(model, packed=True)
+
+
+class TestLoss:
+    @pytest.mark.parametrize("chunk", [1, 3, 100])
+    def test_equals_torch_with_gradients(self, chunk: int) -> None:
+        torch.manual_seed(0)
+        head = nn.Linear(8, 11)
+        hidden = torch.randn(10, 8, requires_grad=True)
+        labels = torch.randint(0, 11, (10,))
+        expected = F.cross_entropy(head(hidden), labels, reduction="sum") * 3
+        wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
+        found = cross_entropy_sum(hidden, labels, head, list(head.parameters()), chunk) * 3
+        got = torch.autograd.grad(found, [hidden, *head.parameters()])
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(got, wanted)
+
+    def test_a_frozen_head_gets_no_gradient(self) -> None:
+        head = nn.Linear(8, 11).requires_grad_(False)
+        hidden = torch.randn(4, 8, requires_grad=True)
+        cross_entropy_sum(hidden, torch.tensor([0, 1, 2, 3]), head, list(head.parameters()), 2).backward()
+        assert hidden.grad is not None
+        assert head.weight.grad is None
+
+    def test_equals_the_models_own_loss(self) -> None:
+        bank = engine()
+        example = tokens(20)[0]
+        labels = torch.from_numpy(np.where(example.learned, example.input_ids, -100))[None]
+        own = bank.model(input_ids=torch.from_numpy(example.input_ids)[None], labels=labels).loss
+        assert mean_loss(bank, layout().batches([example])) == pytest.approx(own.item(), abs=1e-6)
+
+
+class TestEngine:
+    @pytest.mark.parametrize(
+        "method", [LoraSpec(rank=4, alpha=8, dropout=0.2), FullSpec()], ids=["lora", "full"]
+    )
+    def test_learns_and_repeats_bit_for_bit(self, method: LoraSpec | FullSpec) -> None:
+        runs = []
+        for _ in range(2):
+            bank = engine(method)
+            losses = [report.loss for report in train(bank, some_steps(1) * 80)]
+            assert losses[-1] < losses[0] * 0.85
+            runs.append({name: p.detach().clone() for name, p in bank.parameters.items()})
+        assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+    @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+    def test_resumes_bit_for_bit(self, tmp_path: Path, kind: str) -> None:
+        optimizer = OptimizerSpec.model_validate({"kind": kind, "learning_rate": 1e-2})
+        # Rank 64 × 64 features is large enough for the 8-bit kinds to quantise their state.
+        method = LoraSpec(rank=64, dropout=0.1)
+        steps = some_steps(6)
+        whole = engine(method, optimizer=optimizer)
+        train(whole, steps)
+        half = engine(method, optimizer=optimizer)
+        train(half, steps[:3])
+        half.save(tmp_path)
+        resumed = engine(method, optimizer=optimizer)
+        resumed.load(tmp_path)
+        train(resumed, steps[3:], start=3)
+        assert all(torch.equal(p, resumed.parameters[n]) for n, p in whole.parameters.items())
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            layout(packing=False),
+            layout(sequences=2),
+            layout(packing=False, sequences=1),
+            layout(per_forward=64),
+        ],
+        ids=["unpacked", "accumulated", "one by one", "small passes"],
+    )
+    def test_the_layout_changes_rounding_only(self, how: Layout) -> None:
+        # Adam divides by the gradient's own size, so a small epsilon would blow up the rounding of tiny ones.
+        steady = OptimizerSpec(learning_rate=1e-3, epsilon=1e-5)
+        one, other = engine(optimizer=steady), engine(optimizer=steady)
+        first, second = train(one, some_steps(8), rate=1e-3), train(other, some_steps(8, how), rate=1e-3)
+        assert [r.loss for r in first] == pytest.approx([r.loss for r in second], abs=1e-5)
+        for name, parameter in one.parameters.items():
+            torch.testing.assert_close(parameter, other.parameters[name], rtol=0, atol=1e-4)
+
+    def test_gradient_checkpointing_changes_nothing(self) -> None:
+        method = LoraSpec(rank=4, dropout=0.3)
+        one, other = engine(method), engine(method, checkpointing=True)
+        train(one, some_steps(3))
+        train(other, some_steps(3))
+        assert all(torch.equal(p, other.parameters[n]) for n, p in one.parameters.items())
+
+    def test_a_bfloat16_base_trains_through_float32_masters(self) -> None:
+        bank = engine(
+            FullSpec(), model=tiny.llama().to(torch.bfloat16), optimizer=OptimizerSpec(learning_rate=1e-5)
+        )
+        before = {n: p.detach().clone() for n, p in bank.masters.items()}
+        fit(bank, some_steps(1), start=0, learning_rate=lambda _: 1e-5, report=lambda _: None)
+        moved = [n for n, p in bank.masters.items() if not torch.equal(p, before[n])]
+        assert len(moved) == len(before)
+
+    def test_clipping_limits_the_step(self) -> None:
+        bank = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=1e-3))
+        batches = some_steps(1)[0]
+        for forward, batch in enumerate(batches):
+            bank.accumulate(batch, step=0, forward=forward, learned_tokens=10)
+        norm = bank.update(0.0)
+        free = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=None))
+        for forward, batch in enumerate(batches):
+            free.accumulate(batch, step=0, forward=forward, learned_tokens=10)
+        assert norm == pytest.approx(free.update(0.0))
+        assert norm > 1e-3
+
+    def test_a_loss_that_is_not_finite_stops_at_the_step_and_keeps_the_weights(self) -> None:
+        bank = engine()
+        train(bank, some_steps(1))
+        before = {n: p.detach().clone() for n, p in bank.parameters.items()}
+        bank.model.get_input_embeddings().weight.data[5] = math.nan
+        steps = [layout().batches([Tokens(np.array([5, 5, 5]), np.ones(3, dtype=np.bool_))])]
+        with pytest.raises(
+            Diverged, match=r"^step 2: the loss is nan at learning rate 0.01; lower optimizer"
+        ):
+            train(bank, steps, start=1)
+        assert all(torch.equal(p, before[n]) for n, p in bank.parameters.items())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+class TestQuantised:
+    def test_gradients_survive_an_evaluation(self, base: Path) -> None:
+        # bitsandbytes' inference path on AVX512-BF16 processors would repack the weights for good.
+        def grad_norm(evaluate_first: bool) -> float:
+            bank = engine(model=load_base(ModelSpec(path=str(base)), device=CPU))
+            batches = some_steps(1)[0]
+            if evaluate_first:
+                mean_loss(bank, batches)
+            bank.accumulate(batches[0], step=0, forward=0, learned_tokens=20)
+            return bank.update(0.0)
+
+        assert grad_norm(True) == grad_norm(False) > 0
+
+    def test_a_dequantised_base_gives_the_same_bits(self, base: Path) -> None:
+        adapters = []
+        for dequantised in (False, True):
+            model = load_base(ModelSpec(path=str(base)), device=CPU, dequantised=dequantised)
+            bank = engine(model=model)
+            train(bank, some_steps(4))
+            adapters.append(bank.parameters)
+        packed, plain = adapters
+        assert all(torch.equal(p, plain[n]) for n, p in packed.items())
+
+    @pytest.mark.parametrize("bits", [4, 8, 16, 32])
+    def test_every_width_trains(self, base: Path, bits: int) -> None:
+        model = load_base(ModelSpec.model_validate({"path": str(base), "weight_bits": bits}), device=CPU)
+        check_isolation(model, packed=True)
+        losses = [report.loss for report in train(engine(model=model), some_steps(1) * 40)]
+        assert losses[-1] < losses[0] * 0.8
+
+    def test_four_bits_are_four_bits(self, base: Path) -> None:
+        import bitsandbytes as bnb
+
+        model = load_base(ModelSpec(path=str(base)), device=CPU)
+        layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        assert len(layers) == 2 * 7
+        assert all(
+            layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+            for layer in layers
+        )
+
+
+class TestSchedule:
+    @given(st.integers(1, 500), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
+    def test_stays_within_the_peak(self, total: int, warmup: float, decay: str) -> None:
+        spec = ScheduleSpec.model_validate({"warmup": warmup, "decay": decay})
+        rates = [learning_rate(step, total, spec, 1.0) for step in range(total)]
+        assert all(0 < rate <= 1.0 for rate in rates)
+        warm = math.ceil(warmup * total)
+        assert rates[:warm] == sorted(rates[:warm])
+        assert rates[warm:] == sorted(rates[warm:], reverse=True)
+
+    def test_cosine_by_hand(self) -> None:
+        spec = ScheduleSpec(warmup=0.2, decay="cosine")
+        rates = [learning_rate(step, 10, spec, 2.0) for step in range(10)]
+        assert rates[:3] == [1.0, 2.0, 2.0]
+        assert rates[6] == pytest.approx(1.0)
