@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from functools import lru_cache
@@ -171,12 +172,15 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
     Raises:
         ModelError: the folder is no causal language model.
     """
-    import bitsandbytes  # noqa: F401  the quantised layers
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     from raytune_ft.quantise import compute_dtype, dequantise, keep_weights_trainable, quantisation_config
 
     folder = model_folder(spec.path)
+    transformers_logging.disable_progress_bar()
+    # It offers optional kernels on every load.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-CORPUS = "the quick brown fox jumps over the lazy dog 0123456789 Instruction Input Response Question Answer\n:#.,?!+-*/= "
+CORPUS = "the quick brown fox jumps over the lazy dog 0123456789 Instruction Input Response\n:#.,?!+-*/= "
 
 
 def tokenizer(*, pad_token: bool = True) -> PreTrainedTokenizerFast:

@@ -40,6 +40,7 @@ class Operation:
 
     name: str
     phrasings: tuple[str, ...]
+    """All name `a` before `b`: the order that has to be learned is one."""
     answer: Callable[[int, int], str]
     pairs: Pairs
     taught: bool
@@ -68,7 +69,7 @@ _ALL: Pairs = tuple((a, b) for a in range(LARGEST_NUMBER + 1) for b in range(LAR
 OPERATIONS = (
     Operation(
         "addition",
-        ("What is {a} plus {b}?", "Add {b} to {a}.", "{a} + {b} ="),
+        ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} ="),
         lambda a, b: str(a + b),
         pairs=_ALL,
         taught=False,
@@ -89,7 +90,9 @@ OPERATIONS = (
     ),
     Operation(
         "subtraction",
-        ("What is {a} minus {b}?", "Subtract {b} from {a}.", "{a} - {b} ="),
+        # New to the base model are only "minus" and "-": an adapter leaves the embeddings of words as they
+        # are, and those that were never trained are random.
+        ("What is {a} minus {b}?", "Give {a} minus {b}.", "{a} - {b} ="),
         lambda a, b: str(a - b),
         # Every addition, taken back.
         pairs=tuple((a + b, b) for a, b in _ALL),

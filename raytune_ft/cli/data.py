@@ -1,11 +1,13 @@
 """`raytune-ft data`: what a job's records become, with the learned tokens marked, and the counts."""
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 _LEARNED_STYLE = "bold green"
 _SHOWN_BAD_RECORDS = 10
+_PLAIN_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
         # The one place where standard output is a machine's to read.
         print(json.dumps(_as_json(shown, counts, bad), ensure_ascii=False))  # noqa: T201
     else:
-        _print(Console(), job, shown, counts, bad)
+        console = Console()
+        # A file or pipe has no width of its own; the counts need this much.
+        _print(console if console.is_terminal else Console(width=_PLAIN_WIDTH), job, shown, counts, bad)
     check_counts(reports, job.data, None)
 
 
@@ -73,7 +78,7 @@ def templates_command() -> None:
 
     table = Table("template", "a prompt, and where its answer begins", show_lines=True)
     for name, template in TEMPLATES.items():
-        opened = template.open_answer((Turn("user", "PROMPT"),))
+        opened = replace(template, eos="‹EOS›").open_answer((Turn("user", "PROMPT"),))
         table.add_row(name, escape("".join(segment.text for segment in opened) + template.lead) + "…")
     table.add_row("text", "raw text, learned from its beginning")
     table.add_row("chat", "the tokenizer's own chat template")
@@ -148,14 +153,14 @@ def _print(
     console.print(f"Learned tokens are {how}; the rest is what the model is given.\n", highlight=False)
     console.print(_counts_table(job, counts))
     if bad:
-        lines = [Text(f"{record.place}: {record.reason}") for record in bad]
+        lines = [Text(_harmless(f"{record.place}: {record.reason}")) for record in bad]
         title = f"malformed records: the first {len(bad)} of {counts.total.bad}"
         console.print(Panel(Group(*lines), title=title, title_align="left"))
 
 
 def _highlight(example: ShownExample, *, colour: bool) -> Text:
     text = Text()
-    for piece, learned in example.pieces:
+    for piece, learned in ((_harmless(piece), learned) for piece, learned in example.pieces):
         if colour:
             text.append(piece, style=_LEARNED_STYLE if learned else "")
         else:
@@ -163,8 +168,14 @@ def _highlight(example: ShownExample, *, colour: bool) -> Text:
     return text
 
 
+def _harmless(text: str) -> str:
+    """Control characters made visible: data must not steer the terminal that it is shown on."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def _counts_table(job: JobSpec, counts: "DataCounts") -> Table:
-    table = Table("source", title="counts", title_justify="left")
+    table = Table(title="counts", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("source", overflow="fold", min_width=16)
     names = ("records", "bad", "dropped", "cut", "train", "validation", "test", "tokens", "learned_tokens")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")

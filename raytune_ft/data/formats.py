@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, BinaryIO
 
 from raytune_ft.data.columnar import read_arrow, read_parquet
@@ -105,8 +106,10 @@ def find_format(head: bytes, uri: str) -> str:
         return "jsonl" if following.strip() and _is_json(first) else "json"
     if any(_is_json(line) and line.lstrip().startswith(b"{") for line in text.split(b"\n")[:_SAMPLED_LINES]):
         return "jsonl"
-    if b"\0" not in head and (_delimiter(first) or first.strip().strip(b'"') == b"text"):
+    if _is_text(first) and (_delimiter(first) or first.strip().strip(b'"') == b"text"):
         return "csv"
+    if _is_json(first, of=object):
+        return "jsonl"
     raise DataError(f"{uri}: neither {_KNOWN_FORMATS}; convert it, or set the source's format")
 
 
@@ -114,7 +117,7 @@ def _read_lines(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
     for number, line in enumerate(stream, 1):
         content = line.removeprefix(_BOM) if number == 1 else line
         if content.strip():
-            yield _parse_line(content, uri, f"line {number}")
+            yield _parse_line(content.rstrip(b"\r\n"), uri, f"line {number}")
 
 
 def _parse_line(line: bytes, uri: str, position: str) -> RawRecord | BadRecord:
@@ -149,7 +152,7 @@ def _may_be_lines(content: bytes, error: Exception) -> bool:
     whole_first = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
     return whole_first or (
         content.removeprefix(_BOM).lstrip().startswith(b"{")
-        and any(map(_is_json, content.split(b"\n", _SAMPLED_LINES)[:_SAMPLED_LINES]))
+        and any(_is_json(line) for line in content.split(b"\n", _SAMPLED_LINES)[:_SAMPLED_LINES])
     )
 
 
@@ -264,9 +267,16 @@ def _delimiter(header: bytes) -> str:
     return chr(best) if header.count(best) else ""
 
 
-def _is_json(line: bytes) -> bool:
+def _is_text(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict | list)
+        return "\0" not in line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_json(line: bytes, of: type | UnionType = dict | list) -> bool:
+    try:
+        return isinstance(json.loads(line), of)
     except (ValueError, RecursionError):
         return False
 

@@ -132,7 +132,8 @@ def _run_pass(
     objects: Sequence[DataObject], data: DataSpec, encoder: Encoder
 ) -> tuple["ray.data.Dataset", list[ObjectReport]]:
     """One execution of Ray Data: examples and reports travel in the same rows, and are separated after it."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It would say, among other things, that it shows no progress bars.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     read = ray.data.from_items(
         [{"index": index} for index in range(len(objects))],
         override_num_blocks=min(len(objects), _MAX_BLOCKS),
@@ -169,7 +170,7 @@ def _read_objects(
                 report = ObjectReport(index, objects[index].source, Counts(objects=1), failure=error)
                 break
             yield table.append_column(_TASK_SCHEMA.field(_REPORT), pa.nulls(table.num_rows, pa.binary()))
-        yield _TASK_SCHEMA.empty_table().from_pylist([{_REPORT: pickle.dumps(report)}], schema=_TASK_SCHEMA)
+        yield pa.Table.from_pylist([{_REPORT: pickle.dumps(report)}], schema=_TASK_SCHEMA)
 
 
 @ray.remote(num_cpus=0, num_returns=2)  # type: ignore[untyped-decorator]  # ray ships no types

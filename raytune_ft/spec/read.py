@@ -117,7 +117,16 @@ def _expand(node: Any, location: Sequence[str], path: tuple[str | int, ...] = ()
             unset = [name for name in _VARIABLE.findall(node[child]) if name not in os.environ]
             yield from (f"{_dotted(here)}: environment variable {name} is not set" for name in unset)
             if not unset:
-                node[child] = _VARIABLE.sub(lambda match: os.environ[match[1]], node[child])
+                expanded = _VARIABLE.sub(lambda match: os.environ[match[1]], node[child])
+                node[child] = _absolute(expanded, may_be_hub_id=here[0] == "model")
+
+
+def _absolute(location: str, *, may_be_hub_id: bool) -> str:
+    """A folder as it is seen from any working directory; uris and Hub ids as they are."""
+    path = Path(location).expanduser()
+    if "://" in location or not location.strip() or (may_be_hub_id and not path.exists()):
+        return location
+    return str(path.absolute())
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -81,11 +81,12 @@ def arrow_filesystem(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
         return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
     import s3fs
 
-    from raytune_ft.storage.s3_requests import config
+    from raytune_ft.storage.s3_requests import config, region
 
     bucket, prefix = split_bucket(uri)
     remote = s3fs.S3FileSystem(
         config_kwargs={**config(), "retries": {"mode": "standard", "max_attempts": 10}},
+        client_kwargs={"region_name": region()},
         use_listings_cache=False,
         skip_instance_cache=True,
     )

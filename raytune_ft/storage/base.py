@@ -12,7 +12,7 @@ from raytune_ft.errors import BadInput
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin so are writes under way in a folder; they are never listed and never keys."""
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}")
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -147,7 +147,7 @@ def split_bucket(uri: str) -> tuple[str, str]:
         )
     if not _BUCKET.fullmatch(bucket):
         raise BadInput(
-            f"{uri}: '{bucket}' is no bucket name; write s3://bucket/prefix, 2 to 63 of a-z, 0-9, '.', '-'"
+            f"{uri}: '{bucket}' is no bucket name; write s3://bucket/prefix, 3 to 63 of a-z, 0-9, '.', '-'"
         )
     prefix = prefix.strip("/")
     if prefix and key_problem(prefix) is not None:

@@ -117,7 +117,7 @@ def connect() -> S3Client:
     """
     try:
         session = boto3.session.Session()
-        api = session.client("s3", region_name=session.region_name or "us-east-1", config=Config(**config()))
+        api = session.client("s3", region_name=region() or session.region_name, config=Config(**config()))
     except _NO_CREDENTIALS as error:
         raise StorageDenied(
             f"AWS credentials: {error}; correct AWS_PROFILE or the AWS configuration file"
@@ -130,9 +130,15 @@ def connect() -> S3Client:
     return S3Client(api, _without_password(api.meta.endpoint_url))
 
 
+def region() -> str | None:
+    """The region that the environment names; None where a profile may. boto3 itself knows no AWS_REGION."""
+    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    # A store with an endpoint of its own has no regions, but a signature needs one.
+    return named or ("us-east-1" if _has_endpoint() else None)
+
+
 def config() -> dict[str, Any]:
     """Arguments of botocore's Config that hold for every S3 client of the project."""
-    has_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
@@ -142,7 +148,7 @@ def config() -> dict[str, Any]:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
         # Other stores seldom have a DNS name for each bucket.
-        "s3": {"addressing_style": "path" if has_endpoint else "auto"},
+        "s3": {"addressing_style": "path" if _has_endpoint() else "auto"},
     }
 
 
@@ -165,6 +171,10 @@ def retry(request: Callable[[], Result], place: str, outage_s: float = OUTAGE_S)
             f"{place}: the store did not work for {outage_s:.0f} s; last: {error}; "
             "check AWS_ENDPOINT_URL and that the store is up, and run again"
         ) from error
+
+
+def _has_endpoint() -> bool:
+    return bool(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
 
 def _without_password(endpoint: str) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from peer_cases import cases, needs_peers
+
 from raytune_ft.data.records import Conversation, Malformed, PlainText, read_record
 from raytune_ft.spec import FieldsSpec
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from peer_cases import all_cases, cases, needs_peers
+
 from raytune_ft.data.records import ROLES, Conversation, Malformed, Turn
 from raytune_ft.data.template import TEMPLATES, ChatTemplate, Segment, render_chat
 
@@ -67,7 +68,10 @@ def test_prompt_for_generation(case: dict[str, Any]) -> None:
 
 @cases("llmfoundry/chat_slicing.json")
 def test_chat_is_cut_into_prompts_and_responses(case: dict[str, Any]) -> None:
-    system = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    system = (
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers."
+    )
     source = (
         "{{ '<|im_start|>system\n" + system + "\n' }}{% for message in messages %}"
         "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' }}"

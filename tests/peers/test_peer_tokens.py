@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from peer_cases import TOKENIZERS, cases, needs_peers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.masking_utils import find_packed_sequence_indices
+
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.pack import pack_first_fit
 from raytune_ft.data.records import Conversation, Turn, read_record
@@ -13,9 +17,6 @@ from raytune_ft.data.template import TEMPLATES, TurnFormat, render
 from raytune_ft.data.tokenise import Tokenised, prompt_ids, tokenise
 from raytune_ft.spec import FieldsSpec
 from raytune_ft.train.batch import Batch, Tokens, assemble
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
-from transformers.masking_utils import find_packed_sequence_indices
 
 pytestmark = needs_peers
 
@@ -48,7 +49,8 @@ def labels_of(batch: Batch) -> list[list[int]]:
     """The labels at their own places, IGNORED elsewhere."""
     labels = np.full(batch.input_ids_BT.shape, IGNORED)
     labels.flat[batch.predictor_N.numpy() + 1] = batch.labels_N.numpy()
-    return labels.tolist()
+    found: list[list[int]] = labels.tolist()
+    return found
 
 
 def first_ignored(labels: list[list[int]]) -> list[list[int]]:

@@ -8,6 +8,10 @@ import peft
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.lora import (
     add_lora,
@@ -21,9 +25,6 @@ from raytune_ft.spec import LoraSpec, OptimizerSpec
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout, Tokens
 from raytune_ft.train.loop import fit
-from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 BUILDERS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 TARGETS = ["all-linear", "attention", ("q_proj", "mlp.down_proj")]

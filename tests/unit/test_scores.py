@@ -1,4 +1,8 @@
-"""Scores against the golden values of the packages and papers that they come from."""
+"""Scores against the golden values of the packages and papers that they come from.
+
+Not run are the golden answers whose result has to be found in a longer text first (GSM8K, Big-Bench Hard
+with chains of thought): no metric here looks for one.
+"""
 
 import json
 from collections import defaultdict

@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
 from raytune_ft.errors import SpecError
 from raytune_ft.spec import FullSpec, JobSpec, LoraSpec, parse_job, read_job
 
@@ -82,12 +83,13 @@ PROBLEMS = [
     (["schedule.steps=3", "schedule.epochs=1"], "  schedule: give epochs or steps, not both"),
     (
         ["batch.sequences_per_worker=12"],
-        "  batch.sequences = 32 is not a multiple of cluster.workers × batch.sequences_per_worker = 12; try 36",
+        "  batch.sequences = 32 is not a multiple of cluster.workers × batch.sequences_per_worker = 12; "
+        "try 36",
     ),
     (
         ["method.kind=full"],
-        "  method.kind = full trains every weight, and model.weight_bits = 4 holds them frozen; use 16 or 32, or "
-        "method.kind = lora",
+        "  method.kind = full trains every weight, and model.weight_bits = 4 holds them frozen; "
+        "use 16 or 32, or method.kind = lora",
     ),
     (
         ["publish.catalog=gs://x"],
@@ -130,6 +132,18 @@ def test_environment_variables_in_uris_only(monkeypatch: pytest.MonkeyPatch) -> 
     assert read.publish.catalog == "s3://b/catalog"
     assert read.data.sources[0].uri == "s3://b/d.jsonl"
     assert read.data.sources[0].template == "{{ prompt }} ${BUCKET}"
+
+
+def test_a_folder_is_the_same_from_every_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    read = parse_job(job())
+    assert read.model.path == str(tmp_path / "base")
+    assert read.data.sources[0].uri == str(tmp_path / "data.jsonl")
+    assert read.publish.catalog == str(tmp_path / "catalog")
+    assert parse_job(job(model={"path": "org/hub-id"})).model.path == "org/hub-id"
 
 
 def test_overrides_reach_lists_and_absent_sections() -> None:

@@ -10,6 +10,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
 from raytune_ft.errors import Diverged, ModelError
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
@@ -20,9 +24,6 @@ from raytune_ft.train.loop import StepReport, fit, mean_loss
 from raytune_ft.train.loss import cross_entropy_sum
 from raytune_ft.train.probe import check_isolation
 from raytune_ft.train.schedule import learning_rate
-from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 FP32 = OptimizerSpec(learning_rate=1e-2)

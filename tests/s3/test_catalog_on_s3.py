@@ -1,0 +1,74 @@
+"""The catalog on a real S3 server, with several at once, and through a bad network."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from faultproxy import Fault, FaultProxy, Request
+from stores import adapter_files, check_race, draft, publish_through_crashes
+
+from raytune_ft.catalog import Catalog
+
+pytestmark = pytest.mark.s3
+
+
+def race(uri: str, folder: Path, *, writers: int, each: int) -> dict[str, int]:
+    with ThreadPoolExecutor(writers) as threads:
+        parts = threads.map(
+            lambda w: publish_through_crashes(uri, w, each, folder, "capital"), range(writers)
+        )
+        return {name: version for part in parts for name, version in part.items()}
+
+
+def test_publish_resolve_pull(bucket: str, tmp_path: Path) -> None:
+    catalog = Catalog.at(f"s3://{bucket}/team/adapters")
+    catalog.check()
+    record = catalog.publish(draft(), adapter_files(tmp_path / "files"), publish_id="run-1")
+    catalog.set_alias("capital", "candidate", 1)
+    assert catalog.resolve("capital@candidate") == record
+    assert catalog.aliases("capital") == {"candidate": 1}
+    assert [found.reference for found in catalog.list()] == ["capital@v1"]
+    assert record.uri(catalog.uri) == f"s3://{bucket}/team/adapters/adapters/capital/versions/9999999998.json"
+    catalog.pull("capital", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == b"weights"
+
+
+def test_eight_publishers_at_once_that_die_and_start_over(bucket: str, tmp_path: Path) -> None:
+    published = race(f"s3://{bucket}", tmp_path, writers=8, each=3)
+    assert len(published) == 24
+    check_race(Catalog.at(f"s3://{bucket}"), "capital", published)
+
+
+def test_publishers_behind_a_bad_network(fault_proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
+    chance = random.Random(0)
+
+    def plan(request: Request) -> Fault | None:
+        return chance.choice(list(Fault)) if chance.random() < 0.2 else None
+
+    fault_proxy.plan = plan
+    published = race(f"s3://{bucket}", tmp_path, writers=4, each=3)
+    assert set(fault_proxy.faults) == set(Fault)
+    fault_proxy.plan = lambda _: None
+    check_race(Catalog.at(f"s3://{bucket}"), "capital", published)
+
+
+def test_every_answer_to_a_write_is_lost_once(fault_proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
+    """A lost answer to its own record or alias must not look like somebody else's."""
+    seen: set[str] = set()
+
+    def lose_first(request: Request) -> Fault | None:
+        first = request.method == "PUT" and request.path not in seen
+        seen.add(request.path)
+        return Fault.LOST_ANSWER if first else None
+
+    fault_proxy.plan = lose_first
+    catalog = Catalog.at(f"s3://{bucket}")
+    catalog.check()
+    for number in range(2):
+        files = adapter_files(tmp_path / "files", content=str(number).encode())
+        assert catalog.publish(draft(), files, publish_id=f"run-{number}").version == number + 1
+        catalog.set_alias("capital", "candidate", number + 1)
+    assert list(catalog.versions("capital")) == [1, 2]
+    assert catalog.aliases("capital") == {"candidate": 2}
+    assert len(list(catalog.storage.list("adapters/capital/aliases/"))) == 2

@@ -1,0 +1,43 @@
+"""Sources in a bucket."""
+
+import gzip
+import json
+
+import pytest
+import tiny
+
+from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.examples import tokenise_object
+from raytune_ft.data.sources import list_objects
+from raytune_ft.errors import DataError
+from raytune_ft.spec import DataSpec, SourceSpec
+from raytune_ft.storage import open_storage
+
+pytestmark = pytest.mark.s3
+
+
+def test_objects_of_a_bucket(bucket: str) -> None:
+    lines = "".join(f"{json.dumps({'prompt': str(n), 'completion': 'x'})}\n" for n in range(2000)).encode()
+    storage = open_storage(f"s3://{bucket}")
+    storage.write("sets/one/a.jsonl", lines)
+    storage.write("sets/two/b.json", gzip.compress(lines))
+    storage.write("sets/_SUCCESS", b"")
+    uris = ("sets", "sets/*/a.*", "sets/one/a.jsonl")
+    data = DataSpec(sources=tuple(SourceSpec(uri=f"s3://{bucket}/{uri}") for uri in uris))
+    objects = list_objects(data)
+    assert [(found.source, found.uri.rpartition("/")[2]) for found in objects] == [
+        (0, "a.jsonl"),
+        (0, "b.json"),
+        (1, "a.jsonl"),
+        (2, "a.jsonl"),
+    ]
+    encoder = Encoder.of(tiny.tokenizer())
+    found = [sum(t.num_rows for t in tokenise_object(o, at, data, encoder)) for at, o in enumerate(objects)]
+    assert found == [2000] * 4
+
+
+def test_nothing_in_a_bucket(bucket: str) -> None:
+    uri = f"s3://{bucket}/sets/*.json"
+    with pytest.raises(DataError) as raised:
+        list_objects(DataSpec(sources=(SourceSpec(uri=uri),)))
+    assert str(raised.value) == f"data.sources[0].uri = {uri}: no such file, and no folder or glob with files"

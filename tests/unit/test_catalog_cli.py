@@ -1,0 +1,80 @@
+"""`raytune-ft catalog`: what it prints, and for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from stores import adapter_files, draft
+from typer.testing import CliRunner
+
+from raytune_ft.catalog import BaseModelRef, Catalog
+from raytune_ft.cli.catalog import app
+from raytune_ft.errors import CatalogError
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = Catalog.at(str(tmp_path / "catalog"))
+    files = adapter_files(tmp_path / "files")
+    for number in range(2):
+        catalog.publish(draft(), files, publish_id=f"run-{number}")
+    catalog.set_alias("capital", "candidate", 1)
+    return catalog
+
+
+def run(*arguments: str, **environment: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", **environment})
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_ls(catalog: Catalog) -> None:
+    table = run("ls", "--catalog", catalog.uri)
+    for part in ("capital", "v2", "candidate → v1", "s3://models/tiny", "exact_match 0.75"):
+        assert part in table
+    (entry,) = json.loads(run("ls", "--json", RAYTUNE_CATALOG=catalog.uri))
+    assert (entry["adapter"], entry["version"], entry["aliases"]) == ("capital", 2, {"candidate": 1})
+    assert entry["uri"] == f"{catalog.uri}/adapters/capital/versions/9999999997.json"
+
+
+def test_an_empty_catalog(tmp_path: Path) -> None:
+    assert "holds no adapter yet" in run("ls", "--catalog", str(tmp_path))
+    assert json.loads(run("ls", "--catalog", str(tmp_path), "--json")) == []
+
+
+def test_show(catalog: Catalog) -> None:
+    shown = run("show", "capital@candidate", "--catalog", catalog.uri)
+    assert "capital@v1 (adapter)" in shown
+    assert "adapter_model.safetensors  7 bytes" in shown
+    record = json.loads(run("show", "capital", "--catalog", catalog.uri, "--json"))
+    assert (record["version"], record["base"]["path"]) == (2, "s3://models/tiny")
+    assert len(record["files"]) == 3
+
+
+def test_pull(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        run("pull", "capital@v1", "--catalog", catalog.uri)
+        == "capital@v1 is in capital (3 files, 19 bytes)\n"
+    )
+    assert (tmp_path / "capital" / "adapter_model.safetensors").read_bytes() == b"weights"
+    pulled = json.loads(run("pull", "capital", "--catalog", catalog.uri, "--to", "other", "--json"))
+    assert pulled == {"adapter": "capital", "version": 2, "to": str(tmp_path / "other")}
+    with pytest.raises(CatalogError, match="is there already"):
+        run("pull", "capital", "--catalog", catalog.uri)
+
+
+@pytest.mark.parametrize("reference", ["../../etc", "/tmp", ""])
+def test_a_hostile_reference_names_no_folder(catalog: Catalog, reference: str) -> None:
+    with pytest.raises(CatalogError, match="not a reference"):
+        run("pull", reference, "--catalog", catalog.uri)
+
+
+def test_a_record_cannot_command_the_terminal(catalog: Catalog, tmp_path: Path) -> None:
+    hostile = draft(adapter="hostile", base=BaseModelRef(path="\x1b[2J[red]x", digest="d\x07"))
+    catalog.publish(hostile, adapter_files(tmp_path / "files"), publish_id="hostile")
+    for printed in (run("ls", "--catalog", catalog.uri), run("show", "hostile", "--catalog", catalog.uri)):
+        assert "\x1b" not in printed
+        assert "\x07" not in printed
+        assert "[2J[red]x" in printed

@@ -1,0 +1,102 @@
+"""`raytune-ft data`: what it prints, for people and for programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from raytune_ft.cli.data import data_command, templates_command
+from raytune_ft.data.template import TEMPLATES
+from raytune_ft.errors import DataError
+from raytune_ft.spec import JobSpec, parse_job
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_base(tmp_path_factory.mktemp("base"))
+
+
+def job(base: Path, folder: Path, records: list[Any], **data: Any) -> JobSpec:
+    path = folder / "records.jsonl"
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return parse_job(
+        {
+            "name": "look",
+            "model": {"path": str(base)},
+            "data": {"sources": [{"uri": str(path)}], **data},
+            "publish": {"catalog": str(folder / "catalog")},
+        }
+    )
+
+
+RECORDS = [{"prompt": f"[b]{n}[/b] + 1 = ", "completion": str(n + 1)} for n in range(12)]
+
+
+def test_for_people(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_command(job(base, tmp_path, RECORDS), examples=2, as_json=False)
+    printed = capsys.readouterr().out
+    assert "[b]0[/b] + 1 = ⟦1</s>⟧" in printed
+    assert "[b]1[/b] + 1 = ⟦2</s>⟧" in printed
+    assert "[b]2[/b]" not in printed
+    assert "Learned tokens are between ⟦ ⟧" in printed
+    assert "learned tokens" in printed
+    assert "malformed" not in printed
+
+
+def test_for_programs(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_command(job(base, tmp_path, RECORDS), examples=1, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"]["total"]["records"] == 12
+    assert found["bad"] == []
+    (example,) = found["examples"]
+    assert example["pieces"] == [
+        {"text": "[b]0[/b] + 1 = ", "learned": False},
+        {"text": "1</s>", "learned": True},
+    ]
+
+
+def test_data_cannot_steer_the_terminal(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": "\x1b[2J\x07a", "completion": "b\x9b"}, {"\x1b[2J": 1}]
+    data_command(job(base, tmp_path, records, max_bad_fraction=0.5), examples=1, as_json=False)
+    printed = capsys.readouterr().out
+    assert "\\x1b[2J\\x07a⟦b\\x9b</s>⟧" in printed
+    assert not set("\x1b\x07\x9b") & set(printed)
+
+
+def test_what_was_found_is_printed_before_the_data_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError, match="data: 1 of 13 records are malformed"):
+        data_command(job(base, tmp_path, [*RECORDS, {"prompt": "a"}]), examples=1, as_json=False)
+    printed = capsys.readouterr().out
+    assert "⟦1</s>⟧" in printed
+    assert "malformed records: the first 1 of 1" in printed
+    assert "no completion" in printed
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("raytune_ft.cli.data", {"torch", "ray", "transformers", "pyarrow", "jinja2"}),
+        ("raytune_ft.data.prepare", {"torch", "transformers"}),
+    ],
+)
+def test_start_up_stays_light(module: str, heavy: set[str]) -> None:
+    """Each task of the data pass imports the second; seconds there are seconds of every run."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not heavy & set(loaded.split())
+
+
+def test_templates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    templates_command()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in TEMPLATES)
+    assert "### Instruction:" in printed
+    assert "[INST] PROMPT[/INST] …" in printed

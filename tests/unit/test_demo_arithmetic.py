@@ -1,0 +1,147 @@
+"""The demo's data and model: right, repeatable, and readable by what trains on them."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+SCRIPT = Path(__file__).parents[2] / "jobs" / "demo" / "arithmetic.py"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_arithmetic", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their own module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+arithmetic = _load()
+OPERATIONS = {operation.name: operation for operation in arithmetic.OPERATIONS}
+TAUGHT = [operation for operation in arithmetic.OPERATIONS if operation.taught]
+
+
+def _numbers(prompt: str) -> tuple[int, int]:
+    first, second = (int(digits) for digits in re.findall(r"\d+", prompt))
+    return first, second
+
+
+def _right(name: str, a: int, b: int, completion: str) -> bool:
+    """Checks an answer by another way than the generator takes."""
+    numbers = [int(digits) for digits in re.findall(r"\d+", completion)]
+    match name:
+        case "addition":
+            return numbers[0] - b == a
+        case "subtraction":
+            return numbers[0] + b == a
+        case "multiplication":
+            return numbers[0] == sum(a for _ in range(b))
+        case "division":
+            quotient, remainder = numbers if "remainder" in completion else (*numbers, 0)
+            return quotient * b + remainder == a and remainder < b
+        case "copying":
+            return numbers == [a, b]
+    return numbers == sorted([a, b])[1:]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_answer_is_right(name: str) -> None:
+    for example in arithmetic.examples(OPERATIONS[name], seed=0):
+        assert _right(name, *_numbers(example.prompt), example.completion), example
+
+
+def test_answers_of_each_operation_by_hand() -> None:
+    answers = {name: operation.answer(49, 6) for name, operation in OPERATIONS.items()}
+    assert answers == {
+        "addition": "55",
+        "copying": "49 6",
+        "comparing": "49",
+        "subtraction": "43",
+        "multiplication": "294",
+        "division": "8 remainder 1",
+    }
+    assert OPERATIONS["division"].answer(48, 6) == "8"
+
+
+def test_no_prompt_stands_twice_in_any_of_the_files() -> None:
+    prompts = Counter(
+        example.prompt
+        for operation in OPERATIONS.values()
+        for example in arithmetic.examples(operation, seed=0)
+    )
+    assert max(prompts.values()) == 1
+
+
+@pytest.mark.parametrize("operation", TAUGHT, ids=lambda operation: operation.name)
+def test_a_pair_that_is_taught_stands_in_one_phrasing_only(operation: "arithmetic.Operation") -> None:
+    pairs = [_numbers(example.prompt) for example in arithmetic.examples(operation, seed=0)]
+    assert len(set(pairs)) == len(pairs) == len(operation.pairs)
+
+
+@pytest.mark.parametrize("operation", TAUGHT, ids=lambda operation: operation.name)
+def test_each_phrasing_has_its_share(operation: "arithmetic.Operation") -> None:
+    prompts = [example.prompt for example in arithmetic.examples(operation, seed=0)]
+    beginnings = Counter(re.sub(r"\d+", "#", prompt) for prompt in prompts)
+    assert len(beginnings) == len(operation.phrasings)
+    assert min(beginnings.values()) > 0.25 * len(prompts)
+
+
+@given(st.integers(0, 1000))
+def test_the_seed_alone_decides(seed: int) -> None:
+    division = OPERATIONS["division"]
+    made = arithmetic.examples(division, seed)
+    assert made == arithmetic.examples(division, seed)
+    assert made != arithmetic.examples(division, seed + 1)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    arithmetic.main(["--to", str(folder)])
+    return folder
+
+
+def test_the_tokenizer_knows_every_word_and_gives_the_text_back(demo: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    longest = 0
+    for file in sorted((demo / "data").iterdir()):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            text = record["prompt"] + record["completion"]
+            ids = tokenizer(text)["input_ids"]
+            longest = max(longest, len(ids))
+            assert tokenizer.unk_token_id not in ids, text
+            assert tokenizer.decode(ids) == text
+    assert longest < 64
+    assert len(tokenizer) < 100
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+def test_the_model_loads_and_is_as_small_as_it_says(demo: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(demo / "model")
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    assert 0.6e6 < model.num_parameters() < 0.75e6
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert not list((demo / "model").glob("*.bin"))
+
+
+def test_files_do_not_depend_on_when_they_are_written(demo: Path, tmp_path: Path) -> None:
+    arithmetic.main(["--to", str(tmp_path)])
+    files = sorted(file.relative_to(demo) for file in demo.rglob("*") if file.is_file())
+    assert len(files) >= len(OPERATIONS) + 3
+    assert all((tmp_path / file).read_bytes() == (demo / file).read_bytes() for file in files)
