@@ -11,32 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 50_257
 """GPT-2's: the head is a large part of the work, as in real models."""
-NOUNS = [
-    "tourist",
-    "author",
-    "doctor",
-    "judge",
-    "senator",
-    "banker",
-    "actor",
-    "lawyer",
-    "student",
-    "manager",
-    "artist",
-    "scientist",
-]
-VERBS = [
-    "supported",
-    "contacted",
-    "admired",
-    "helped",
-    "avoided",
-    "thanked",
-    "believed",
-    "mentioned",
-    "introduced",
-    "recognised",
-]
+NOUNS = ("tourist", "author", "doctor", "judge", "senator", "banker", "actor", "lawyer", "student", "artist")
+VERBS = ("supported", "contacted", "admired", "helped", "avoided", "thanked", "believed", "mentioned")
+CLAUSES = (1, 1, 1, 2, 3)
 
 
 def sentence_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:

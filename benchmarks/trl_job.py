@@ -55,11 +55,10 @@ def main() -> None:
             disable_tqdm=True,
         ),
     )
-    if hasattr(model, "modules"):
-        for module in trainer.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # Without this the 4-bit layers lose their gradients on such processors.
-                module.support_avx512bf16_for_cpu = False
+    for module in trainer.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # An evaluation would otherwise repack the weights for good, and the gradients would be lost.
+            module.support_avx512bf16_for_cpu = False
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     began = time.perf_counter()
     result = trainer.train()

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,10 +24,9 @@ from raytune_ft.catalog.layout import (
 )
 from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, parse_record
 from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import Storage, disk_errors, join_uri
 
-VERSION = re.compile(r"v([0-9]+)")
 _NAMED_AT_MOST = 10
 _READERS = 8
 

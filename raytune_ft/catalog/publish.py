@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, ValidationError
 
 from raytune_ft.catalog.layout import alias_prefix, blob_key, numbered, publish_key, versions_prefix
-from raytune_ft.catalog.lookup import VERSION, AliasEntry, CatalogView
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.record import (
     PUBLISH_ID,
     AdapterRecord,
@@ -21,7 +21,7 @@ from raytune_ft.catalog.record import (
     publish_id_of,
 )
 from raytune_ft.errors import CatalogError, StorageError
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
 
 

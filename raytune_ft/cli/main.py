@@ -11,7 +11,7 @@ from rich.console import Console
 
 from raytune_ft.cli.catalog import CatalogOption
 from raytune_ft.cli.catalog import app as catalog_app
-from raytune_ft.errors import RaytuneError
+from raytune_ft.errors import RaytuneError, SpecError
 from raytune_ft.spec import JobSpec, read_job
 
 app = typer.Typer(
@@ -61,14 +61,20 @@ def train(
 
 @app.command()
 def data(
-    job_file: JobFile,
+    job_file: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
     override: Override = [],  # noqa: B006  typer copies it
     examples: Annotated[int, typer.Option(min=0, help="Rendered examples to show.")] = 3,
+    templates: Annotated[bool, typer.Option("--templates", help="List the built-in templates.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a job would learn: rendered examples, learned tokens highlighted, and the counts."""
-    from raytune_ft.cli.data import data_command
+    from raytune_ft.cli.data import data_command, templates_command
 
+    if templates:
+        templates_command()
+        return
+    if job_file is None:
+        raise SpecError("raytune-ft data: name a job file, or ask for --templates")
     data_command(read_job(job_file, override), examples, as_json)
 
 
@@ -83,6 +89,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The instruction; '-' reads standard input.")],
     adapter: Annotated[str, typer.Option(metavar="NAME[@ALIAS|@vN]", help="What the catalog holds.")],
     catalog: CatalogOption,
+    context: Annotated[str, typer.Option("--input", help="What the instruction is about.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +97,7 @@ def generate(
     from raytune_ft.evaluate.answer import answer_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    reply = answer_prompt(catalog, adapter, text, max_new_tokens=max_new_tokens)
+    reply = answer_prompt(catalog, adapter, text, context=context, max_new_tokens=max_new_tokens)
     print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
 
 

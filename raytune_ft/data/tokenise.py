@@ -97,13 +97,14 @@ def fit(
     return kept, "cut"
 
 
-def ask(prompt: str, template: str, encoder: Encoder) -> list[int]:
+def ask(prompt: str, template: str, encoder: Encoder, *, context: str = "") -> list[int]:
     """Token ids of a prompt as a template writes it, up to where its answer begins.
 
     Args:
         prompt: what is asked.
         template: a concrete one, such as `PreparedData.templates` names.
         encoder: the tokenizer's.
+        context: what an instruction is about, as the `input` of a record is.
 
     Raises:
         DataError: the template does not exist, or cannot be filled from a prompt alone.
@@ -111,7 +112,7 @@ def ask(prompt: str, template: str, encoder: Encoder) -> list[int]:
     if template in (AUTO, RAW_TEXT):
         return prompt_ids((Segment(prompt, learned=False),), encoder)
     try:
-        segments = find_template(template, encoder).open_answer((Turn("user", prompt),))
+        segments = find_template(template, encoder).open_answer((Turn("user", prompt, context),))
     except Malformed as error:
         raise DataError(f"a prompt alone does not fill it: {error}") from None
     return prompt_ids(segments, encoder)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def answer_prompt(catalog_uri: str, reference: str, prompt: str, *, max_new_tokens: int) -> str:
+def answer_prompt(
+    catalog_uri: str, reference: str, prompt: str, *, context: str = "", max_new_tokens: int
+) -> str:
     """Pull `reference`, load it, and answer `prompt` greedily, rendered as in its training.
 
     Raises:
@@ -33,7 +35,7 @@ def answer_prompt(catalog_uri: str, reference: str, prompt: str, *, max_new_toke
         spec, model = _load(record, folder, device)
         tokenizer = load_tokenizer(spec)
         encoder = Encoder.of(tokenizer)
-        prompt_ids = ask(prompt, record.data["templates"][0], encoder)
+        prompt_ids = ask(prompt, record.data["templates"][0], encoder, context=context)
         (reply,) = answer(
             model,
             tokenizer,

@@ -25,6 +25,9 @@ from pydantic_core import PydanticCustomError
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """Job, adapter and alias names: they become keys, folders and submission ids."""
 
+VERSION = re.compile(r"v([0-9]+)")
+"""How a reference names a version: `summarise@v3`. No alias may look like it."""
+
 SUPPORTED_SCHEMES = ("file", "s3")
 
 
@@ -34,13 +37,22 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_alias(alias: str) -> str:
+    if VERSION.fullmatch(alias):
+        raise ValueError("means a version; use a word such as candidate")
+    return alias
+
+
 def _check_location(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if not uri.strip():
         raise ValueError("must not be empty")
     if not separator:
         return uri
-    if scheme not in SUPPORTED_SCHEMES:
+    if scheme not in VERSION = re.compile(r"v([0-9]+)")
+"""How a reference names a version: `summarise@v3`. No alias may look like it."""
+
+SUPPORTED_SCHEMES:
         raise ValueError(f"scheme '{scheme}' is not supported; use a folder, file:// or s3://")
     if "@" in rest.partition("/")[0]:
         raise PydanticCustomError(
@@ -225,7 +237,7 @@ class PublishSpec(Section):
     catalog: Location
     adapter: Name | None = None
     """Name in the catalog; the job's name where not given."""
-    alias: Name | None = "candidate"
+    alias: Annotated[Name, AfterValidator(_check_alias)] | None = "candidate"
     """Alias that moves to the new version; null: none."""
 
 

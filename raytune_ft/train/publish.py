@@ -84,5 +84,6 @@ def publish(
         catalog = Catalog.at(job.publish.catalog)
         record = catalog.publish(draft, files, publish_id=state.publish_id(job))
     if job.publish.alias:
-        catalog.set_alias(record.adapter, job.publish.alias, record.version)
+        # A run that was resumed late must not take the alias back from a newer version.
+        catalog.set_alias(record.adapter, job.publish.alias, record.version, forward_only=True)
     return record

@@ -1,0 +1,135 @@
+"""Five Natural Instructions tasks by command line through a real S3 server: model, data, runs and catalog."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+import peft
+import pytest
+import tiny
+import yaml
+from botocore.config import Config
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
+TASKS = [
+    "task1146_country_capital",
+    "task1147_country_currency",
+    "task1317_country_calling_code",
+    "task1318_country_national_dish",
+    "task1426_country_independence_year",
+]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`raytune-ft` as a user runs it: a process of its own, with a Ray of its own."""
+    program = Path(sys.executable).parent / "raytune-ft"
+    return subprocess.run(
+        [program, *arguments], cwd=cwd, capture_output=True, text=True, env=os.environ, timeout=300
+    )
+
+
+def upload(bucket: str, files: Sequence[tuple[str, Path]]) -> None:
+    client = boto3.client("s3", config=Config(s3={"addressing_style": "path"}))
+    for key, path in files:
+        client.upload_file(str(path), bucket, key)
+    client.close()
+
+
+@pytest.fixture
+def workspace(bucket: str, shared_data: Path, tmp_path: Path) -> Path:
+    """A bucket with a base and five tasks, and a folder with one job file for all of them."""
+    base = tiny.save_base(tmp_path / "base")
+    uploads = [(f"models/tiny/{file.name}", file) for file in base.iterdir()]
+    folder = shared_data / "tasks" / "natural_instructions"
+    uploads += [(f"tasks/{task}.json", folder / f"{task}.json") for task in TASKS]
+    upload(bucket, uploads)
+    job = {
+        "name": "task",
+        "model": {"path": "s3://${BUCKET}/models/tiny"},
+        "data": {"sources": [{"uri": "s3://${BUCKET}/tasks/"}], "max_tokens": 256, "too_long": "drop"},
+        "method": {"rank": 4},
+        "optimizer": {"learning_rate": 5e-3},
+        "schedule": {"steps": 6},
+        "batch": {"sequences": 8},
+        "checkpoint": {"every_steps": 3},
+        "evaluate": {
+            "max_examples": 8,
+            "max_new_tokens": 8,
+            "metrics": ["exact_match", "rouge", "bleu", "chrf"],
+        },
+        "publish": {"catalog": "s3://${BUCKET}/adapters"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    return tmp_path
+
+
+def train(task: str, workspace: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    name = task.replace("_", "-")
+    uri = f"data.sources.0.uri=s3://${{BUCKET}}/tasks/{task}.json"
+    return command("train", "job.yaml", "--set", f"name={name}", "--set", uri, "--json", *more, cwd=workspace)
+
+
+def test_five_tasks_trained_evaluated_and_published(
+    workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", bucket)
+    monkeypatch.setenv("RAYTUNE_CACHE", str(workspace / "cache"))
+    results: list[dict[str, Any]] = []
+    for task in TASKS:
+        done = train(task, workspace)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1
+        results.append(json.loads(done.stdout))
+    for task, result in zip(TASKS, results, strict=True):
+        name = task.replace("_", "-")
+        assert result["adapter"] == name
+        assert result["uri"].startswith(f"s3://{bucket}/adapters/")
+        assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]
+        assert {"exact_match", "rougeL", "bleu", "chrf"} <= set(result["scores_after"])
+        assert (workspace / "runs" / name / "report.html").is_file()
+    catalog = f"s3://{bucket}/adapters"
+    listed = command("catalog", "ls", "--catalog", catalog, "--json", cwd=workspace)
+    assert sorted(entry["adapter"] for entry in json.loads(listed.stdout)) == sorted(
+        r["adapter"] for r in results
+    )
+    pulled = command(
+        "catalog",
+        "pull",
+        f"{results[0]['adapter']}@candidate",
+        "--to",
+        "pulled",
+        "--catalog",
+        catalog,
+        cwd=workspace,
+    )
+    assert pulled.returncode == 0, pulled.stderr
+    peft.PeftModel.from_pretrained(tiny.llama(), workspace / "pulled")
+    again = train(TASKS[0], workspace)
+    assert json.loads(again.stdout) == results[0], "a finished job is not trained again"
+
+
+def test_wrong_credentials_are_one_message_and_exit_code_4(
+    workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", bucket)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    refused = train(TASKS[0], workspace)
+    assert refused.returncode == 4
+    assert refused.stdout == ""
+    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "not-the-secret" not in refused.stderr
+
+
+def test_a_bucket_that_does_not_exist(workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET", bucket)
+    refused = train(TASKS[0], workspace, "--set", "publish.catalog=s3://no-such-bucket/adapters")
+    assert refused.returncode == 4
+    assert "no-such-bucket" in refused.stderr
+    assert "Traceback" not in refused.stderr
