@@ -8,9 +8,8 @@ writes
     DIR/data/subtraction.jsonl, multiplication.jsonl, division.jsonl  what it can be taught afterwards
     DIR/model/                    a Llama with random weights; its tokens are whole words and single digits
 
-Each line holds a `prompt` and its `completion`. What the base model learns stands there in every phrasing.
-Of what it is taught afterwards a pair of numbers stands in one line and one phrasing only: so a prompt
-that a job holds out for its test is a pair that the model has not seen with this operation in any words.
+Each line holds a `prompt`, its `completion`, and the `pair` of numbers that they are about. Each pair
+stands there in several phrasings; a job that splits by `pair` tests pairs that it has not seen in any.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,20 +42,19 @@ class Operation:
     """All name `a` before `b`: the order that has to be learned is one."""
     answer: Callable[[int, int], str]
     pairs: Pairs
-    taught: bool
-    """Taught to the base model afterwards, and so in one phrasing for each pair."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One line of a data file."""
 
+    pair: str
     prompt: str
     completion: str
 
     def line(self) -> str:
         """The example as a line of JSON."""
-        return json.dumps({"prompt": self.prompt, "completion": self.completion}) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 def _quotient(a: int, b: int) -> str:
@@ -72,21 +70,18 @@ OPERATIONS = (
         ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} ="),
         lambda a, b: str(a + b),
         pairs=_ALL,
-        taught=False,
     ),
     Operation(
         "copying",
         ("Say {a} and {b}.", "Repeat the numbers {a} and {b}.", "{a} , {b} ="),
         lambda a, b: f"{a} {b}",
         pairs=_ALL,
-        taught=False,
     ),
     Operation(
         "comparing",
         ("Which is larger, {a} or {b}?", "Give the larger of {a} and {b}.", "larger {a} {b} ="),
         lambda a, b: str(max(a, b)),
         pairs=_ALL,
-        taught=False,
     ),
     Operation(
         "subtraction",
@@ -96,38 +91,34 @@ OPERATIONS = (
         lambda a, b: str(a - b),
         # Every addition, taken back.
         pairs=tuple((a + b, b) for a, b in _ALL),
-        taught=True,
     ),
     Operation(
         "multiplication",
         ("What is {a} times {b}?", "Multiply {a} by {b}.", "{a} * {b} ="),
         lambda a, b: str(a * b),
         pairs=_ALL,
-        taught=True,
     ),
     Operation(
         "division",
         ("What is {a} divided by {b}?", "Divide {a} by {b}.", "{a} / {b} ="),
         _quotient,
         pairs=tuple((a, b) for a, b in _ALL if b > 0),
-        taught=True,
     ),
 )
 
 
 def examples(operation: Operation, seed: int) -> list[Example]:
-    """An operation's examples, in an order and with phrasings that depend on the seed.
+    """Every pair of an operation in every phrasing, in an order that depends on the seed.
 
     >>> examples(OPERATIONS[3], seed=0)[0]
-    Example(prompt='What is 65 minus 47?', completion='18')
+    Example(pair='19 3', prompt='19 - 3 =', completion='16')
     """
-    chance = random.Random(f"{seed}/{operation.name}")
     made = [
-        Example(phrasing.format(a=a, b=b), operation.answer(a, b))
+        Example(f"{a} {b}", phrasing.format(a=a, b=b), operation.answer(a, b))
         for a, b in operation.pairs
-        for phrasing in ([chance.choice(operation.phrasings)] if operation.taught else operation.phrasings)
+        for phrasing in operation.phrasings
     ]
-    chance.shuffle(made)
+    random.Random(f"{seed}/{operation.name}").shuffle(made)
     return made
 
 

@@ -30,7 +30,8 @@ def answer(
 ) -> list[str]:
     """The model's greedy answer to each prompt of token ids, without special tokens, stripped.
 
-    Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length, padded on the left.
+    Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length,
+    padded on the left.
     """
     from transformers import GenerationConfig
 

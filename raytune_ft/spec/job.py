@@ -49,10 +49,7 @@ def _check_location(uri: str) -> str:
         raise ValueError("must not be empty")
     if not separator:
         return uri
-    if scheme not in VERSION = re.compile(r"v([0-9]+)")
-"""How a reference names a version: `summarise@v3`. No alias may look like it."""
-
-SUPPORTED_SCHEMES:
+    if scheme not in SUPPORTED_SCHEMES:
         raise ValueError(f"scheme '{scheme}' is not supported; use a folder, file:// or s3://")
     if "@" in rest.partition("/")[0]:
         raise PydanticCustomError(

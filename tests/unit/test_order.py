@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from raytune_ft.data.order import Mixture, epoch_order, plan_course
 from raytune_ft.data.pack import balanced_capacity, pack_first_fit
 from raytune_ft.errors import DataError
