@@ -89,8 +89,7 @@ OPERATIONS = (
         # are, and those that were never trained are random.
         ("What is {a} minus {b}?", "Give {a} minus {b}.", "{a} - {b} ="),
         lambda a, b: str(a - b),
-        # Every addition, taken back.
-        pairs=tuple((a + b, b) for a, b in _ALL),
+        pairs=tuple((a, b) for a, b in _ALL if a >= b),
     ),
     Operation(
         "multiplication",
@@ -111,7 +110,7 @@ def examples(operation: Operation, seed: int) -> list[Example]:
     """Every pair of an operation in every phrasing, in an order that depends on the seed.
 
     >>> examples(OPERATIONS[3], seed=0)[0]
-    Example(pair='19 3', prompt='19 - 3 =', completion='16')
+    Example(pair='47 2', prompt='47 - 2 =', completion='45')
     """
     made = [
         Example(f"{a} {b}", phrasing.format(a=a, b=b), operation.answer(a, b))

@@ -12,6 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.examples import tokenise_object
+from raytune_ft.data.sources import list_objects
+from raytune_ft.models import load_tokenizer
+from raytune_ft.spec import read_job
+
 SCRIPT = Path(__file__).parents[2] / "jobs" / "demo" / "arithmetic.py"
 
 
@@ -135,3 +141,27 @@ def test_files_do_not_depend_on_when_they_are_written(demo: Path, tmp_path: Path
     files = sorted(file.relative_to(demo) for file in demo.rglob("*") if file.is_file())
     assert len(files) >= len(OPERATIONS) + 3
     assert all((tmp_path / file).read_bytes() == (demo / file).read_bytes() for file in files)
+
+
+def test_no_pair_of_the_subtraction_test_stands_in_its_training_data(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEMO", str(demo))
+    job = read_job(SCRIPT.with_name("subtraction.yaml"), [f"model.path={demo / 'model'}"])
+    tokenizer = load_tokenizer(job.model)
+    (found,) = list_objects(job.data)
+    tables = list(tokenise_object(found, 0, job.data, Encoder.of(tokenizer)))
+    pairs: dict[str, set[tuple[str, ...]]] = {"train": set(), "test": set()}
+    count = Counter[str]()
+    for table in tables:
+        for row in table.to_pylist():
+            asked = [
+                token for token, learned in zip(row["input_ids"], row["learned"], strict=True) if not learned
+            ]
+            pairs[row["split"]].add(tuple(re.findall(r"\d+", tokenizer.decode(asked))))
+            count[row["split"]] += 1
+    assert pairs["train"].isdisjoint(pairs["test"])
+    assert {split: len(of_split) for split, of_split in pairs.items()} == {
+        split: number / 3 for split, number in count.items()
+    }
+    assert count["test"] >= job.evaluate.max_examples
