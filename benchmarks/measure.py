@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-_SAMPLE_INTERVAL_S = 0.25
+_SAMPLE_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
 
 
 class _Sampler(threading.Thread):
-    """Sums the memory of a process tree, again and again."""
+    """Sums the memory of a process tree, again and again; each look costs some milliseconds a process."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)

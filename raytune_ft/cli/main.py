@@ -56,7 +56,9 @@ def train(
     if as_json:
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:
-        print_result(Console(), {**result, "report": str(folder / "report.html")})
+        print_result(
+            Console(), {**result, "catalog": job.publish.catalog, "report": str(folder / "report.html")}
+        )
 
 
 @app.command()

@@ -6,13 +6,15 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog
 from raytune_ft.data.prepare import PreparedData, prepare
@@ -24,9 +26,12 @@ from raytune_ft.report import RunReport, write_report
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import arrow_filesystem
 from raytune_ft.tensorboard import ScalarLog
+from raytune_ft.train.assignment import Assignment, Outcome, train_worker
 from raytune_ft.train.progress import Event, EventReader
 from raytune_ft.train.run import Run, RunState
-from raytune_ft.train.worker import Assignment, Outcome, train_worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _POLL_S = 0.2
 OnEvent = Callable[[Event], None]
@@ -51,7 +56,7 @@ def train(
         TrainingError: training could not go on.
         StorageError: the store failed for longer than the retries last.
     """
-    check_base(job)
+    check_max_tokens(job, read_facts(model_folder(job.model.path, weights=False)))
     Catalog.at(job.publish.catalog).check()
     objects = list_objects(job.data)
     objects_fingerprint = fingerprint(objects)
@@ -62,31 +67,24 @@ def train(
         return result
     output.mkdir(parents=True, exist_ok=True)
     (output / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
-    with ray_session():
-        on_event({"phase": "data"})
-        data = _pass_data(job, output)
-        state = run.begin(data.fingerprint)
-        on_event({"phase": "start"})
-        outcome = _run_worker(job, run, state, data, output, on_event)
+    # Both take seconds: one computes, the other waits for processes.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        tokenizer = pool.submit(load_tokenizer, job.model)
+        with ray_session():
+            on_event({"phase": "data"})
+            data = _pass_data(job, output, tokenizer.result())
+            state = run.begin(data.fingerprint)
+            on_event({"phase": "start"})
+            outcome = _run_worker(job, run, state, data, output, on_event)
     _keep(job, outcome, data, output)
     run.finish(outcome.result, objects_fingerprint)
     return outcome.result
 
 
-def check_base(job: JobSpec) -> None:
-    """Find out from its description alone whether the base can be trained as the job says.
-
-    Raises:
-        ModelError: it is missing, unsafe, or does not match the job.
-    """
-    check_max_tokens(job, read_facts(model_folder(job.model.path, weights=False)))
-    load_tokenizer(job.model)
-
-
-def _pass_data(job: JobSpec, output: Path) -> PreparedData:
+def _pass_data(job: JobSpec, output: Path, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
     quarantine = output / "quarantine.jsonl"
     quarantine.unlink(missing_ok=True)
-    return prepare(job, quarantine)
+    return prepare(job, quarantine, tokenizer=tokenizer)
 
 
 @contextmanager
@@ -98,7 +96,11 @@ def ray_session() -> Iterator[None]:
     # Ray Train looks for the end of the worker this often; its default of 2 s is a large part of a short job.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     address = os.environ.get("RAY_ADDRESS", "local")
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    local: dict[str, Any] = {}
+    if address == "local":
+        local["include_dashboard"] = False
+        # Nobody takes this machine away with a notice, and the watcher is a process.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with warnings.catch_warnings():
         # Ray announces changes of its defaults to GPU-less clusters; nothing here depends on them.
         warnings.simplefilter("ignore", FutureWarning)
@@ -124,7 +126,7 @@ def _run_worker(
         threads=threads,
     )
     filesystem, path = arrow_filesystem(run.parent_uri)
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import ray.train
 import torch
 
 from raytune_ft.data.order import Course, plan_course
-from raytune_ft.errors import RaytuneError
 from raytune_ft.methods import METHODS
 from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder, read_facts
 from raytune_ft.planner import Choice, choose
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assess import Assessment, assess, split_loss
+from raytune_ft.train.assignment import Assignment, Outcome
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout
 from raytune_ft.train.checkpoint import Position, read_position, write_checkpoint
@@ -30,46 +30,10 @@ from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.probe import check_isolation
 from raytune_ft.train.progress import EventWriter
 from raytune_ft.train.publish import library_versions, machine, publish
-from raytune_ft.train.run import RunState
 from raytune_ft.train.schedule import learning_rate
 
 _EVENT_INTERVAL_S = 0.2
 _SAMPLES = 24
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """All that the driver tells the worker."""
-
-    job: JobSpec
-    state: RunState
-    data: dict[str, Any]
-    """What the record says of the data: fingerprint, counts, and the template of each source."""
-    end_ids: tuple[int, ...]
-    """Tokens that learned answers end with."""
-    tables: list[Any]
-    """References to the Arrow tables of the data pass, in Ray's object store."""
-    use_gpu: bool
-    threads: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the driver learns from a run that succeeded."""
-
-    result: dict[str, Any]
-    history: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    versions: dict[str, str]
-    machine: dict[str, str]
-
-
-def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError:
-    """Entry for Ray Train. Our own errors come back as a value: Ray would retry an exception."""
-    try:
-        return run_recipe(config["assignment"])
-    except RaytuneError as error:
-        return error
 
 
 def run_recipe(assignment: Assignment) -> Outcome:
@@ -106,6 +70,8 @@ def run_recipe(assignment: Assignment) -> Outcome:
     layout = _layout(job, position.choice, int(tokenizer.pad_token_id))
 
     def test_now(phase: str) -> Assessment | None:
+        if not job.evaluate.metrics or not len(test):
+            return None
         events.write({"phase": phase})
         return assess(model, tokenizer, engine, test, layout, job.evaluate, assignment.end_ids)
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import tokenise_object
@@ -92,7 +90,7 @@ def test_each_pair_stands_once_in_each_phrasing(operation: "arithmetic.Operation
     assert len({example.pair for example in made}) == len(operation.pairs)
 
 
-@given(st.integers(0, 1000))
+@pytest.mark.parametrize("seed", [0, 1, 2026])
 def test_the_seed_alone_decides(seed: int) -> None:
     division = OPERATIONS["division"]
     made = arithmetic.examples(division, seed)
