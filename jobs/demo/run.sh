@@ -18,7 +18,7 @@ step "2 of 4: train every weight of the base on adding, copying and comparing"
 step "3 of 4: teach it to subtract, with a QLoRA adapter on the 4-bit base"
 "$raytune_ft" train jobs/demo/subtraction.yaml --output "$DEMO/runs/subtraction"
 step "4 of 4: ask the published adapter"
-"$raytune_ft" generate --adapter subtraction@candidate --catalog "$DEMO/catalog" "What is 41 minus 17 ?"
+"$raytune_ft" generate --adapter subtraction@candidate --catalog "$DEMO/catalog" "What is 41 minus 17?"
 "$raytune_ft" catalog ls --catalog "$DEMO/catalog"
 report=$DEMO/runs/subtraction/report.html
 printf '\nThe report: %s\n' "$report"

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,42 @@ def upload(bucket: str, files: Sequence[tuple[str, Path]]) -> None:
     client.close()
 
 
+CLUSTER = """
+import logging, sys, warnings
+warnings.simplefilter("ignore")
+import ray
+context = ray.init(
+    address="local", num_cpus=2, object_store_memory=150 << 20, include_dashboard=False, log_to_driver=False,
+    logging_level=logging.ERROR, _temp_dir=sys.argv[1],
+)
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@pytest.fixture
+def running_cluster(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A cluster that was there before the jobs, whose workers know the bucket's credentials."""
+    assert bucket
+    # A short path: that of a socket below it may have 107 characters.
+    folder = tempfile.TemporaryDirectory(prefix="rt-", ignore_cleanup_errors=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, folder.name],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ,
+    )  # fmt: skip
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    yield address
+    process.communicate("")
+    folder.cleanup()
+
+
 @pytest.fixture
 def workspace(bucket: str, shared_data: Path, tmp_path: Path) -> Path:
     """A bucket with a base and five tasks, and a folder with one job file for all of them."""
-    base = tiny.save_base(tmp_path / "base")
+    base = tiny.save_base(tmp_path / "base", tiny.llama(positions=512))
     uploads = [(f"models/tiny/{file.name}", file) for file in base.iterdir()]
     folder = shared_data / "tasks" / "natural_instructions"
     uploads += [(f"tasks/{task}.json", folder / f"{task}.json") for task in TASKS]
@@ -52,7 +85,7 @@ def workspace(bucket: str, shared_data: Path, tmp_path: Path) -> Path:
     job = {
         "name": "task",
         "model": {"path": "s3://${BUCKET}/models/tiny"},
-        "data": {"sources": [{"uri": "s3://${BUCKET}/tasks/"}], "max_tokens": 256, "too_long": "drop"},
+        "data": {"sources": [{"uri": "s3://${BUCKET}/tasks/"}], "max_tokens": 400, "too_long": "drop"},
         "method": {"rank": 4},
         "optimizer": {"learning_rate": 5e-3},
         "schedule": {"steps": 6},
@@ -76,10 +109,10 @@ def train(task: str, workspace: Path, *more: str) -> subprocess.CompletedProcess
 
 
 def test_five_tasks_trained_evaluated_and_published(
-    workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+    running_cluster: str, workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert running_cluster
     monkeypatch.setenv("BUCKET", bucket)
-    monkeypatch.setenv("RAYTUNE_CACHE", str(workspace / "cache"))
     results: list[dict[str, Any]] = []
     for task in TASKS:
         done = train(task, workspace)
@@ -109,7 +142,7 @@ def test_five_tasks_trained_evaluated_and_published(
         cwd=workspace,
     )
     assert pulled.returncode == 0, pulled.stderr
-    peft.PeftModel.from_pretrained(tiny.llama(), workspace / "pulled")
+    peft.PeftModel.from_pretrained(tiny.llama(positions=512), workspace / "pulled")
     again = train(TASKS[0], workspace)
     assert json.loads(again.stdout) == results[0], "a finished job is not trained again"
 
@@ -122,7 +155,11 @@ def test_wrong_credentials_are_one_message_and_exit_code_4(
     refused = train(TASKS[0], workspace)
     assert refused.returncode == 4
     assert refused.stdout == ""
-    assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == (
+        f"raytune-ft: s3://{bucket}/models/tiny: {os.environ['AWS_ENDPOINT_URL']} refused the credentials "
+        "(SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary ones, "
+        "AWS_SESSION_TOKEN"
+    )
     assert "Traceback" not in refused.stderr
     assert "not-the-secret" not in refused.stderr
 

@@ -1,0 +1,99 @@
+"""Setting up a worker: the base on its device, what is trained on it, and the state that it goes on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from raytune_ft.methods import METHODS
+from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder, read_facts
+from raytune_ft.planner import Choice, choose
+from raytune_ft.spec import JobSpec
+from raytune_ft.train.assignment import Assignment
+from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.batch import Layout
+from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.probe import check_isolation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """All that a run works with."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    engine: BankEngine
+    layout: Layout
+    position: Position
+    """Where the run goes on: at step 0, or where the checkpoint stands."""
+
+
+def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
+    """Load the base, add the method, and restore the checkpoint where there is one.
+
+    Raises:
+        ModelError: the base does not fit the device, the job or the checkpoint.
+        DataError: the checkpoint was trained on other data.
+    """
+    job = assignment.job
+    device = _device(assignment.use_gpu)
+    tokenizer = load_tokenizer(job.model)
+    position = _position(assignment, checkpoint, model_folder(job.model.path), device)
+    _compute_alike(position.threads, device)
+    model = load_base(job.model, device=device, dequantised=position.choice.resident == "dequantised")
+    check_isolation(model, packed=job.data.packing)
+    parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed)
+    engine = BankEngine(
+        model, parameters, job.optimizer, gradient_checkpointing=job.model.gradient_checkpointing
+    )
+    if checkpoint:
+        engine.load(checkpoint)
+    return Workbench(
+        model, tokenizer, engine, _layout(job, position.choice, tokenizer.pad_token_id), position
+    )
+
+
+def _position(
+    assignment: Assignment, checkpoint: Path | None, folder: Path, device: torch.device
+) -> Position:
+    fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
+    if checkpoint:
+        return read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
+    choice = choose(assignment.job, read_facts(folder), _memory_bytes(device))
+    return Position(
+        step=0, data_fingerprint=fingerprint, base_digest=digest, choice=choice, threads=assignment.threads
+    )
+
+
+def _device(use_gpu: bool) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All memory of the device, not what is free now: a choice must not depend on the neighbours."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _compute_alike(threads: int, device: torch.device) -> None:
+    """Make the same work give the same bits."""
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+
+
+def _layout(job: JobSpec, choice: Choice, pad_token_id: int) -> Layout:
+    given = job.batch.sequences_per_worker
+    return Layout(
+        packing=job.data.packing,
+        max_tokens=job.data.max_tokens,
+        pad_token_id=pad_token_id,
+        sequences_per_forward=None if given == "auto" else given,
+        tokens_per_forward=choice.tokens_per_forward,
+    )
