@@ -4,16 +4,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
 from raytune_ft.spec import ModelSpec
-from raytune_ft.storage import open_storage
+from raytune_ft.storage import local_path, open_storage
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
     if path.startswith("s3://"):
         return _from_bucket(path, weights)
     if path.startswith("file://") or Path(path).expanduser().exists():
-        folder = Path(urlsplit(path).path if path.startswith("file://") else path).expanduser()
+        folder = local_path(path).expanduser()
         if not folder.is_dir():
             raise ModelError(f"model.path = {path}: no such folder")
         check_files(path, [file.name for file in folder.iterdir()])
@@ -110,12 +109,30 @@ def _from_hub(name: str, weights: bool) -> Path:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """Dimensions of the model in `folder`."""
+    """Dimensions of the model in `folder`.
+
+    Raises:
+        ModelError: its config.json is not that of a causal language model.
+    """
+    place = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads(place.read_bytes())
     except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from None
-    return ModelFacts.from_config(config)
+        raise ModelError(f"{place}: not JSON: {error}") from None
+    try:
+        return ModelFacts.from_config(config, str(place))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"{place}: not a model's config: {error}") from None
+
+
+def base_identity(path: str) -> str:
+    """Which base stands at `path` now, without fetching its weights.
+
+    Of a bucket's objects the etags, of the Hub the revision, of a folder the digest.
+    """
+    folder = model_folder(path, weights=False)
+    fetched = path.startswith("s3://") or not any(folder.glob(f"*{_WEIGHTS}"))
+    return folder.name if fetched else base_digest(folder)
 
 
 def base_digest(folder: Path) -> str:
@@ -147,10 +164,8 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
     folder = model_folder(spec.path, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.path = {spec.path}: the tokenizer does not load: {_first_line(error)}"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"model.path = {spec.path}: the tokenizer does not load: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model.path = {spec.path}: the tokenizer has no EOS token, so no answer could learn to end"
@@ -172,6 +187,7 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
     Raises:
         ModelError: the folder is no causal language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -179,19 +195,24 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
 
     folder = model_folder(spec.path)
     transformers_logging.disable_progress_bar()
+    # Its report of odd weights goes to a log that nobody may see; they are refused below.
+    transformers_logging.set_verbosity_error()
     # It offers optional kernels on every load.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute_dtype(spec),
             quantization_config=quantisation_config(spec),
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path = {spec.path}: the model does not load: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
+    _check_loaded(spec, model, loading)
     if spec.weight_bits == 4:
         keep_weights_trainable(model)
         if dequantised:
@@ -202,5 +223,36 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
     return loaded
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _check_loaded(spec: ModelSpec, model: "PreTrainedModel", loading: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers: training would go on from those."""
+    if mismatched := sorted([*loading["mismatched_keys"], *_mismatched_linear(model)]):
+        name, found, expected = mismatched[0]
+        raise ModelError(
+            f"model.path = {spec.path}: {len(mismatched)} weights have another shape than config.json says, "
+            f"the first {name}: {list(found)}, not {list(expected)}; put the config of these weights back"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"model.path = {spec.path}: {len(missing)} weights are missing, the first {missing[0]}; "
+            "copy the whole model again"
+        )
+
+
+def _mismatched_linear(model: "PreTrainedModel") -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+    """Name, found and expected shape of weights that do not fit their layer: nobody checks quantised ones."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            packed = getattr(module.weight, "quant_state", None)
+            found = tuple(module.weight.shape if packed is None else packed.shape)
+            if found != (module.out_features, module.in_features):
+                yield f"{name}.weight", found, (module.out_features, module.in_features)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says, or our own words where it speaks of its own options."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it needs Python code of its own; read that code, then set model.trust_remote_code: true"
+    return text.partition("\n")[0][:300].rstrip(" :")

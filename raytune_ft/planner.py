@@ -5,7 +5,7 @@ to `auto`, and refuses what cannot fit before anything is loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from raytune_ft.errors import ModelError
@@ -15,6 +15,9 @@ NF4_BYTES_PER_WEIGHT = 4.127 / 8
 """NF4 with double quantisation (Dettmers et al. 2023, section 3): 4 bits and 0.127 for the constants."""
 LOGITS_CHUNK_TOKENS = 1024
 """Learned positions whose logits exist at the same time."""
+_UNGATED = frozenset({"gpt_neox", "gpt_neo", "phi", "starcoder2", "nemotron", "persimmon", "arcee"})
+"""Families that say `intermediate_size` like the gated ones, but have two matrices per MLP, not three."""
+_SMALLEST_OPTIMIZER = OptimizerSpec(kind="adamw_8bit")
 _USABLE = 0.85
 """Share of a device's memory that a plan may fill; the rest is for the runtime and fragmentation."""
 
@@ -24,28 +27,35 @@ class ModelFacts:
     """What memory depends on, read from `config.json` and the sizes of the weight files."""
 
     parameters: int
+    """Weights of the matrices and embeddings; norms and biases are below rounding."""
     hidden: int
+    attention: int
+    """Width of the queries of all heads: `hidden` in most families."""
     layers: int
     intermediate: int
     vocabulary: int
+    tied: bool
+    """The head is the input embedding."""
     max_positions: int | None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ModelFacts":
+    def from_config(cls, config: Mapping[str, Any], place: str = "config.json") -> "ModelFacts":
         """Read a Hugging Face config; names differ among families.
+
+        Args:
+            config: its content.
+            place: where it was read, for the message.
 
         Raises:
             ModelError: a dimension is missing.
         """
-        text: Mapping[str, Any] = config.get("text_config", config)
+        text: Mapping[str, Any] = config.get("text_config") or config
 
         def dimension(*names: str) -> int:
             for name in names:
                 if isinstance(text.get(name), int):
                     return int(text[name])
-            raise ModelError(
-                f"config.json has none of {', '.join(names)}; so this is no causal language model"
-            )
+            raise ModelError(f"{place} has none of {', '.join(names)}; so this is no causal language model")
 
         hidden = dimension("hidden_size", "n_embd", "d_model")
         layers = dimension("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -58,17 +68,30 @@ class ModelFacts:
             (int(text[n]) for n in ("max_position_embeddings", "n_positions", "n_ctx") if text.get(n)), None
         )
         tied = bool(text.get("tie_word_embeddings", True))
-        heads = text.get("num_attention_heads") or text.get("n_head") or 1
-        kv_share = (text.get("num_key_value_heads") or heads) / heads
-        matrices = 3 if "intermediate_size" in text else 2
-        per_layer = round((2 + 2 * kv_share) * hidden**2) + matrices * hidden * intermediate
-        embeddings = vocabulary * hidden * (1 if tied else 2)
-        return cls(layers * per_layer + embeddings, hidden, layers, intermediate, vocabulary, positions)
+        attention, key_value = _attention_widths(text, hidden)
+        gated = "intermediate_size" in text and text.get("model_type") not in _UNGATED
+        mlp = (3 if gated else 2) * hidden * intermediate
+        experts = text.get("num_local_experts") or text.get("num_experts")
+        if experts:
+            mlp = experts * mlp // intermediate * (text.get("moe_intermediate_size") or intermediate)
+        per_layer = 2 * hidden * (attention + key_value) + mlp
+        parameters = layers * per_layer + vocabulary * hidden * (1 if tied else 2)
+        return cls(parameters, hidden, attention, layers, intermediate, vocabulary, tied, positions)
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the input embedding, which is never quantised."""
-        return self.vocabulary * self.hidden
+        """Parameters of the input embedding and of a head of its own, which are never quantised."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+
+def _attention_widths(config: Mapping[str, Any], hidden: int) -> tuple[int, int]:
+    """Width of all queries, and of all keys: grouped heads share theirs (Ainslie et al. 2023)."""
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 1
+    width = config.get("head_dim") or hidden // heads
+    # Falcon writes the number of its groups in every config, and means it in its newer architecture alone.
+    grouped = config.get("num_kv_heads") if config.get("new_decoder_architecture") else None
+    shared = 1 if config.get("multi_query") else heads
+    return heads * width, (config.get("num_key_value_heads") or grouped or shared) * width
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,10 @@ def trainable_parameters(facts: ModelFacts, job: JobSpec) -> int:
     """Parameters that the method trains."""
     match job.method:
         case LoraSpec(rank=rank):
-            # q, k, v, o: two sides of `hidden` each; up, gate, down: one of `hidden`, one of `intermediate`.
-            return facts.layers * rank * (8 * facts.hidden + 3 * (facts.hidden + facts.intermediate))
+            # q, k, v, o: a side of `hidden` and one of the heads each (fewer for grouped keys and values);
+            # up, gate, down: one of `hidden`, one of `intermediate`.
+            sides = 4 * (facts.hidden + facts.attention) + 3 * (facts.hidden + facts.intermediate)
+            return facts.layers * rank * sides
         case FullSpec():
             return facts.parameters
 
@@ -147,7 +172,8 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
     master = 4 * trainable if full and size == 2 else 0
     return MemoryPlan(
         weights=weight_bytes(facts, job.model, resident) + (0 if full else 4 * trainable),
-        gradients=trainable * (size if full else 4),
+        # Those in bfloat16 are added up in float32.
+        gradients=(6 if full and size == 2 else 4) * trainable,
         optimizer=optimizer_bytes(trainable, job.optimizer) + master,
         activations=kept * tokens_per_forward,
         logits=3 * 4 * facts.vocabulary * min(LOGITS_CHUNK_TOKENS, tokens_per_forward),
@@ -174,43 +200,48 @@ def choose(job: JobSpec, facts: ModelFacts, device_bytes: int) -> Choice:
         ModelError: not even one row fits the device.
     """
     rows = job.data.max_tokens
-    usable = int(device_bytes * _USABLE)
-    smallest = memory_plan(facts, job, resident="packed", tokens_per_forward=rows)
-    if smallest.total > usable:
-        raise ModelError(_refusal(job, smallest, usable))
-    # A dequantised base is only faster; half of the memory stays for what else the step needs.
-    dequantised = memory_plan(facts, job, resident="dequantised", tokens_per_forward=rows)
-    resident: Literal["packed", "dequantised"] = "packed"
-    wanted = job.model.resident == "dequantised"
-    affordable = job.model.resident == "auto" and dequantised.total <= usable // 2
-    if job.model.weight_bits == 4 and (wanted or affordable):
-        resident = "dequantised"
-    tokens = rows
     limit = job.batch.sequences * rows
-    while (
-        tokens < limit
-        and memory_plan(facts, job, resident=resident, tokens_per_forward=2 * tokens).total <= usable // 2
-    ):
-        tokens *= 2
-    return Choice(
-        resident, min(tokens, limit), memory_plan(facts, job, resident=resident, tokens_per_forward=tokens)
-    )
+    usable = int(device_bytes * _USABLE)
+
+    def plan(resident: str, tokens: int) -> MemoryPlan:
+        return memory_plan(facts, job, resident=resident, tokens_per_forward=tokens)
+
+    resident: Literal["packed", "dequantised"] = "packed"
+    if job.model.weight_bits == 4:
+        # A dequantised base is only faster; half of the memory stays for what else the step needs.
+        affordable = job.model.resident == "auto" and plan("dequantised", rows).total <= usable // 2
+        resident = "dequantised" if affordable or job.model.resident == "dequantised" else "packed"
+    if plan(resident, rows).total > usable:
+        raise ModelError(_refusal(job, plan(resident, rows), usable, resident))
+    tokens = rows
+    while tokens < limit and plan(resident, min(2 * tokens, limit)).total <= usable // 2:
+        tokens = min(2 * tokens, limit)
+    return Choice(resident, tokens, plan(resident, tokens))
 
 
-def _refusal(job: JobSpec, plan: MemoryPlan, usable: int) -> str:
-    terms = {
-        name: getattr(plan, name) for name in ("weights", "gradients", "optimizer", "activations", "logits")
-    }
-    largest = max(terms, key=lambda name: terms[name])
-    remedy = {
-        "weights": "use model.weight_bits: 4" if job.model.weight_bits != 4 else "use a larger device",
-        "gradients": "use method.kind: lora",
-        "optimizer": "use optimizer.kind: adamw_8bit",
-        "activations": "use model.gradient_checkpointing: true, or a smaller data.max_tokens",
-        "logits": "use a smaller data.max_tokens",
-    }[largest]
+def _refusal(job: JobSpec, plan: MemoryPlan, usable: int, resident: str) -> str:
+    terms = asdict(plan)
     listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in terms.items())
+    largest = max(terms, key=lambda name: terms[name])
     return (
         f"{job.model.path} needs {plan.total / 2**30:.2f} GiB to train on one row of {job.data.max_tokens} "
-        f"tokens (GiB: {listed}), and the device can give {usable / 2**30:.2f}; {remedy}"
+        f"tokens (GiB: {listed}), and the device can give {usable / 2**30:.2f}; "
+        f"{_remedy(job, largest, resident)}"
     )
+
+
+def _remedy(job: JobSpec, largest: str, resident: str) -> str:
+    """What makes the largest term smaller, and is not done yet."""
+    full = isinstance(job.method, FullSpec)
+    match largest:
+        case "weights" if resident == "dequantised":
+            return "use model.resident: packed"
+        case "weights" if not full and job.model.weight_bits != 4:
+            return "use model.weight_bits: 4"
+        case "optimizer" if optimizer_bytes(1, job.optimizer) > optimizer_bytes(1, _SMALLEST_OPTIMIZER):
+            return "use optimizer.kind: adamw_8bit"
+        case "weights" | "gradients" | "optimizer":
+            return "use method.kind: lora" if full else "use a larger device, or a smaller base"
+        case "activations" if not job.model.gradient_checkpointing:
+            return "use model.gradient_checkpointing: true, or a smaller data.max_tokens"
+    return "use a smaller data.max_tokens"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from raytune_ft.catalog import BaseModelRef, Catalog, RecordDraft
+from raytune_ft.errors import StorageDenied
 from raytune_ft.storage import ObjectInfo, Storage, open_storage
 
 
@@ -99,6 +100,13 @@ class CarelessStorage(WrappedStorage):
     def write_once(self, key: str, data: bytes) -> bool:
         super().write(key, data)
         return True
+
+
+class KeepingStorage(WrappedStorage):
+    """Gives no right to delete, as careful owners of a bucket do."""
+
+    def delete(self, key: str) -> None:
+        raise StorageDenied(f"{self.uri}/{key}: denied")
 
 
 def draft(**changes: Any) -> RecordDraft:

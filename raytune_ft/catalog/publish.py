@@ -24,6 +24,9 @@ from raytune_ft.errors import CatalogError, StorageError
 from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
 
+READ_BACK_BYTES = 64 << 20
+"""Content that is in the catalog already is read back up to this size; larger is told by its size alone."""
+
 
 class _Begun(Entry):
     """Note that a publish has begun; its own version, if there is one, is above `base_version`."""
@@ -64,7 +67,8 @@ class Catalog(CatalogView):
         """Publish the next version: content first, the record last and once.
 
         A crash leaves nothing visible, and the same call completes it. A call that succeeded before returns
-        the version that it made then, whatever `draft` and `files` hold now.
+        the version that it made then, whatever `draft` and `files` hold now. Content that was damaged in the
+        store is replaced, up to `READ_BACK_BYTES`.
 
         Args:
             draft: what the record says.
@@ -150,10 +154,18 @@ class Catalog(CatalogView):
         return None, newest
 
     def _write_blob(self, entry: FileEntry, path: Path) -> None:
+        if not self._holds_blob(entry):
+            self.storage.write(blob_key(entry.sha256), path)
+
+    def _holds_blob(self, entry: FileEntry) -> bool:
+        """Whether the content is there. A damaged one is not, so that publishing again repairs it."""
         key = blob_key(entry.sha256)
         found = self.storage.info(key)
         if found is None or found.size_bytes != entry.size_bytes:
-            self.storage.write(key, path)
+            return False
+        if entry.size_bytes > READ_BACK_BYTES:
+            return True
+        return hashlib.sha256(self.storage.read(key)).hexdigest() == entry.sha256
 
     def _claim(
         self, draft: RecordDraft, entries: tuple[FileEntry, ...], publish_id: str, version: int

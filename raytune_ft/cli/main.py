@@ -4,10 +4,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from raytune_ft.cli.catalog import CatalogOption
 from raytune_ft.cli.catalog import app as catalog_app
@@ -31,6 +32,18 @@ Override = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end.")]
 
 INTERRUPTED = 130
+TRAIN_MODULES = (
+    "ray",
+    "torch",
+    "transformers",
+    "pyarrow",
+    "jinja2",
+    "peft",
+    "bitsandbytes",
+    "s3fs",
+    "tensorboard",
+)
+"""What the base install leaves to the extra `train`."""
 
 
 @app.command()
@@ -38,14 +51,16 @@ def train(
     job_file: JobFile,
     override: Override = [],  # noqa: B006  typer copies it
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
+        str | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a job and publish the result; the same command goes on where it was stopped."""
     job = read_job(job_file, override)
-    folder = output or Path("runs") / job.name
+    folder = Path(output or f"runs/{job.name}")
+    if output and "://" in output:
+        raise SpecError(f"--output {output}: name a local folder; the catalog keeps the rest in the bucket")
     from raytune_ft.cli.progress import ProgressDisplay, print_result
 
     with ProgressDisplay(quiet=as_json) as display:
@@ -56,9 +71,7 @@ def train(
     if as_json:
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:
-        print_result(
-            Console(), {**result, "catalog": job.publish.catalog, "report": str(folder / "report.html")}
-        )
+        print_result(Console(), {**result, "catalog": job.publish.catalog, **_report_of(folder)})
 
 
 @app.command()
@@ -93,14 +106,29 @@ def generate(
     catalog: CatalogOption,
     context: Annotated[str, typer.Option("--input", help="What the instruction is about.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a published adapter on its base, or with a published model."""
     from raytune_ft.evaluate.answer import answer_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    reply = answer_prompt(catalog, adapter, text, context=context, max_new_tokens=max_new_tokens)
+    reply = answer_prompt(
+        catalog,
+        adapter,
+        text,
+        context=context,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
     print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
+
+
+def _report_of(folder: Path) -> dict[str, str]:
+    report = folder / "report.html"
+    return {"report": str(report)} if report.is_file() else {}
 
 
 def main() -> None:
@@ -109,10 +137,21 @@ def main() -> None:
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}.items():
         os.environ.setdefault(name, value)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except RaytuneError as error:
-        print(f"raytune-ft: {error}", file=sys.stderr)  # noqa: T201
+        _end(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_MODULES:
+            raise
+        _end(f"{error.name} is not installed; install raytune-ft[train]", SpecError.exit_code)
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("raytune-ft: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
-        sys.exit(INTERRUPTED)
+    except (typer.Abort, KeyboardInterrupt):
+        _end("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except TyperException as error:
+        _end(f"{error.format_message()} See raytune-ft --help.", SpecError.exit_code)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    print(f"raytune-ft: {message}", file=sys.stderr)  # noqa: T201  where messages go
+    sys.exit(exit_code)

@@ -29,6 +29,7 @@ PHASES = MappingProxyType(
         "train": "Training",
         "evaluate after": "Scores after",
         "publish": "Publishing",
+        "done before": "Nothing to do: this job was done on this data; --restart trains again",
     }
 )
 

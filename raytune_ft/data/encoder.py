@@ -25,7 +25,7 @@ class Encoder:
     adds_bos: bool
     """The tokenizer puts its BOS before every text by itself."""
     end_ids: frozenset[int]
-    """EOS and the markers of the vocabulary, such as `<|im_end|>`: each ends a turn by itself."""
+    """EOS and the markers of the vocabulary, such as `<|im_end|>`: by each a template may end a turn."""
     adds_space: bool
     """It puts a word marker before every text, as SentencePiece does."""
     chat_template: str | None

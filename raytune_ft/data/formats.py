@@ -56,7 +56,7 @@ class BadRecord:
     def of(cls, uri: str, raw: RawRecord, reason: str) -> "BadRecord":
         """The bad record for a raw one."""
         text = json.dumps(raw.value, ensure_ascii=False, default=str)
-        return cls(uri, raw.position, reason, printable(text))
+        return cls(uri, raw.position, printable(reason), printable(text))
 
 
 def printable(text: str) -> str:

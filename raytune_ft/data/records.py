@@ -69,8 +69,14 @@ class Conversation:
 
     @property
     def input_text(self) -> str:
-        """Everything before the last turn: what decides on the split."""
-        return "\n".join(turn.text for turn in self.turns[:-1])
+        """Everything before the first answer to a user or tool: what decides on the split.
+
+        All answers are learned, so whatever begins with the same question has to stand on the same side:
+        a question of the test split must not be the beginning of a longer chat in training.
+        """
+        roles = [turn.role for turn in self.turns]
+        asked = next(at for at, role in enumerate(roles) if role in ("user", "tool"))
+        return "\n".join(turn.text for turn in self.turns[: roles.index("assistant", asked)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ def split_of(input_text: str, spec: SplitSpec) -> Split:
     `validation` changes.
 
     Args:
-        input_text: what the model is given: all before the last answer, or the whole of a plain text.
+        input_text: all before the first answer, or the whole of a plain text; see `Conversation.input_text`.
         spec: the fractions.
     """
     normal = " ".join(unicodedata.normalize("NFC", input_text).split())

@@ -27,6 +27,8 @@ class Segment:
 
     text: str
     learned: bool
+    ends_turn: bool = False
+    """The template itself wrote the end of the answer, such as `<|im_end|>`."""
 
 
 class Template(Protocol):
@@ -74,10 +76,11 @@ class TurnFormat:
         """Segments up to the last answer, and the text after it."""
         segments = []
         system = prompt = ""
+        end = self._fill(self.end)
         for turn in turns:
             if turn.role == "assistant":
                 segments.append(Segment(prompt + self._fill(self.opening), learned=False))
-                segments.append(Segment(self.lead + turn.text + self._fill(self.end), learned=True))
+                segments.append(Segment(self.lead + turn.text + end, learned=True, ends_turn=bool(end)))
                 prompt = self._fill(self.between)
             elif turn.role == "system" and not self.system:
                 system += f"{turn.text}\n\n"
@@ -188,12 +191,12 @@ class InlineTemplate:
     def _fill(self, columns: Mapping[str, Any], turns: Sequence[Turn]) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            return self.compiled.render({"messages": messages, **columns})
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            return _encodable(self.compiled.render({"messages": messages, **columns}))
+        except Exception as error:  # A template is a program: it can fail in any way.
             known = ", ".join(columns) or "none"
             raise Malformed(
                 f"template {shortened(self.source)}: {error}; besides the completion the record has {known}"
-            ) from None
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -223,9 +226,11 @@ class ChatTemplate:
         """The turns as the template writes them, with or without the opening of an answer."""
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            return render_chat(self.source, messages, add_generation_prompt=opening, **self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise Malformed(f"the tokenizer's chat template refuses it: {error}") from None
+            return _encodable(
+                render_chat(self.source, messages, add_generation_prompt=opening, **self.special_tokens)
+            )
+        except Exception as error:  # A template is a program: it can fail in any way.
+            raise Malformed(f"the tokenizer's chat template refuses it: {error}") from error
 
     def _slice(self, whole: str, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[Segment, ...] | None:
         """Segments with these answers learned, or None where a prefix does not begin the whole."""
@@ -238,15 +243,18 @@ class ChatTemplate:
                 whole.startswith(before) and whole.startswith(after) and done <= len(before) < len(after)
             ):
                 return None
-            learned = self._without_tail(after[len(before) :], turns[at].text)
-            segments += [Segment(whole[done : len(before)], learned=False), Segment(learned, learned=True)]
-            done = len(before) + len(learned)
+            answer = self._answer(after[len(before) :], turns[at].text)
+            segments += [Segment(whole[done : len(before)], learned=False), answer]
+            done = len(before) + len(answer.text)
         return tuple(segments)
 
-    def _without_tail(self, learned: str, answer: str) -> str:
+    def _answer(self, rendered: str, answer: str) -> Segment:
         """Without the white space that follows an end-of-turn marker: generation stops at the marker."""
-        stripped = learned.rstrip()
-        return learned if stripped.endswith(answer.rstrip()) else stripped
+        stripped, spoken = rendered.rstrip(), answer.strip()
+        at = stripped.find(spoken)
+        # Not endswith: an answer may be how the marker ends, such as ">".
+        marked = at < 0 or at + len(spoken) < len(stripped)
+        return Segment(stripped if marked else rendered, learned=True, ends_turn=marked)
 
 
 def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
@@ -339,6 +347,19 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"template {shortened(source)}: line {error.lineno}: {error.message}") from None
+    except (SyntaxError, RecursionError) as error:
+        # Jinja2 takes deeper nesting than Python, which it compiles to.
+        raise DataError(f"template {shortened(source)}: {error}; write it simpler") from None
+
+
+def _encodable(rendered: str) -> str:
+    """The text, if tokenizers take it: a column's half of a surrogate pair may have come through.
+
+    Raises:
+        UnicodeEncodeError: it is not.
+    """
+    rendered.encode("utf-8")
+    return rendered
 
 
 def shortened(template: str) -> str:

@@ -24,7 +24,8 @@ def tokenise(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> list[To
     Each segment is encoded by itself, so that a prompt's tokens are exactly those that generation sees. A
     segment's leading space belongs to it; tokenizers that put a space before every text (SentencePiece) get
     an answer without it. BOS comes first where the tokenizer adds one and the text does not begin with it;
-    EOS comes last and is learned, unless the last token already ends the turn.
+    EOS comes last and is learned, unless the last token is EOS or another special one by which the template
+    ends the turn. One by which the data happens to end is no end.
     """
     encoded = iter(encoder.encode([text for segments in examples for text in _texts(segments, encoder)]))
     return [_join(segments, [next(encoded) for _ in segments], encoder) for segments in examples]
@@ -52,7 +53,8 @@ def _join(segments: Sequence[Segment], encoded: Sequence[list[int]], encoder: En
     if encoder.adds_bos and encoder.bos_id is not None and input_ids[0] != encoder.bos_id:
         input_ids.insert(0, encoder.bos_id)
         learned.insert(0, False)
-    if learned[-1] and encoder.eos_id is not None and input_ids[-1] not in encoder.end_ids:
+    ends = encoder.end_ids if segments[-1].ends_turn else (encoder.eos_id,)
+    if learned[-1] and encoder.eos_id is not None and input_ids[-1] not in ends:
         input_ids.append(encoder.eos_id)
         learned.append(True)
     # Nothing stands before the first token that could predict it.

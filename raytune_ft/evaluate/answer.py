@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ValidationError
 
 from raytune_ft.catalog import AdapterRecord, Catalog
 from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.template import AUTO
 from raytune_ft.data.tokenise import ask
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import CatalogError, ModelError
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods.lora import add_lora, load_lora
 from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder
@@ -20,9 +22,24 @@ if TYPE_CHECKING:
 
 
 def answer_prompt(
-    catalog_uri: str, reference: str, prompt: str, *, context: str = "", max_new_tokens: int
+    catalog_uri: str,
+    reference: str,
+    prompt: str,
+    *,
+    context: str = "",
+    max_new_tokens: int,
+    trust_remote_code: bool = False,
 ) -> str:
     """Pull `reference`, load it, and answer `prompt` greedily, rendered as in its training.
+
+    Args:
+        catalog_uri: where the catalog is.
+        reference: `name`, `name@alias` or `name@vN`.
+        prompt: what is asked.
+        context: what an instruction is about.
+        max_new_tokens: the longest answer.
+        trust_remote_code: run Python code that comes with the base. What the record says of it counts for
+            nothing: whoever may write a catalog must not choose what runs here.
 
     Raises:
         CatalogError: the catalog does not hold it.
@@ -32,32 +49,41 @@ def answer_prompt(
         folder = Path(name) / "pulled"
         record = Catalog.at(catalog_uri).pull(reference, folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        spec, model = _load(record, folder, device)
+        spec, model = _load(record, folder, device, trust_remote_code)
         tokenizer = load_tokenizer(spec)
         encoder = Encoder.of(tokenizer)
-        prompt_ids = ask(prompt, record.data["templates"][0], encoder, context=context)
+        templates = record.data.get("templates") or [AUTO]
+        prompt_ids = ask(prompt, templates[0], encoder, context=context)
         (reply,) = answer(
             model,
             tokenizer,
             [prompt_ids],
-            end_ids=sorted(encoder.end_ids),
+            end_ids=record.data.get("end_ids", []),
             max_new_tokens=max_new_tokens,
             batch_sequences=1,
         )
     return reply
 
 
-def _load(record: AdapterRecord, folder: Path, device: torch.device) -> tuple[ModelSpec, "PreTrainedModel"]:
-    job = JobSpec.model_validate(record.job)
+def _load(
+    record: AdapterRecord, folder: Path, device: torch.device, trust_remote_code: bool
+) -> tuple[ModelSpec, "PreTrainedModel"]:
+    try:
+        job = JobSpec.model_validate(record.job)
+    except ValidationError:
+        raise CatalogError(
+            f"{record.reference}: its job was written by another version of raytune-ft"
+        ) from None
+    base = job.model.model_copy(update={"trust_remote_code": trust_remote_code})
     if record.kind == "model":
-        spec = job.model.model_copy(update={"path": str(folder)})
+        spec = base.model_copy(update={"path": str(folder)})
         return spec, load_base(spec, device=device)
     if base_digest(model_folder(job.model.path)) != record.base.digest:
         raise ModelError(
             f"{record.reference} was trained on another base than {job.model.path} holds now; "
             "put that base back, or train again"
         )
-    model = load_base(job.model, device=device)
+    model = load_base(base, device=device)
     if isinstance(job.method, LoraSpec):
         load_lora(add_lora(model, job.method, job.data.seed), folder)
-    return job.model, model
+    return base, model

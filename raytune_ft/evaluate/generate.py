@@ -1,6 +1,7 @@
 """Batched greedy answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,11 +40,11 @@ def answer(
     device = next(model.parameters()).device
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=max_new_tokens,
         eos_token_id=stop_token_ids(model, tokenizer, end_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = [""] * len(prompts)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_sequences):
         chosen = order[start : start + batch_sequences]
@@ -54,10 +55,28 @@ def answer(
             prompt = torch.as_tensor(prompts[index], dtype=torch.long)
             ids_BT[row, width - len(prompt) :] = prompt
             mask_BT[row, width - len(prompt) :] = 1
-        out_BT = model.generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
+        settings.max_new_tokens = (
+            max_new_tokens if positions is None else min(max_new_tokens, positions - width)
         )
+        if settings.max_new_tokens <= 0:
+            continue  # The prompt takes all positions: there is no room for an answer.
+        with _no_settings_of_its_own(model):
+            out_BT = model.generate(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
+            )
         texts = tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text.strip()
     return answers
+
+
+@contextmanager
+def _no_settings_of_its_own(model: "PreTrainedModel") -> Iterator[None]:
+    """Greedy means greedy: transformers fills what is left open, such as a penalty, from the base."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,15 +1,22 @@
 """Fine-tuning methods: one table from the type of a job's `method` to what the method does."""
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from torch import nn
 
+from raytune_ft.errors import StorageError, StorageFull
 from raytune_ft.methods.full import add_full, save_full
 from raytune_ft.methods.lora import add_lora, save_lora
 from raytune_ft.spec import FullSpec, LoraSpec, Section
+from raytune_ft.storage import disk_errors
+
+_NEARLY_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,24 @@ class Method:
     save: Callable[[nn.Module, Any, Path, str], None]
     """(model, spec, folder, base path): writes what is published."""
     artifact: Literal["adapter", "model"]
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Tell a disk that fails while weights are written to it from a fault of ours.
+
+    Raises:
+        StorageFull: no space is left.
+        StorageError: the disk failed otherwise.
+    """
+    try:
+        with disk_errors(str(folder)):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        # Neither library passes the system's error on; safetensors quotes it, torch only says that it failed.
+        if shutil.disk_usage(folder).free < _NEARLY_FULL_BYTES:
+            raise StorageFull(f"{folder}: the disk is full; free space and run again") from error
+        raise StorageError(f"{folder}: cannot be written: {error}") from error
 
 
 METHODS: Mapping[type[Section], Method] = {

@@ -49,8 +49,11 @@ def _check_location(uri: str) -> str:
         raise ValueError("must not be empty")
     if not separator:
         return uri
+    # The rest of such a uri may hold a password or a signed query, so it is not repeated.
     if scheme not in SUPPORTED_SCHEMES:
-        raise ValueError(f"scheme '{scheme}' is not supported; use a folder, file:// or s3://")
+        raise PydanticCustomError(
+            "secret", f"scheme '{scheme[:20]}' is not supported; use a folder, file:// or s3://"
+        )
     if "@" in rest.partition("/")[0]:
         raise PydanticCustomError(
             "secret", "holds credentials; remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -137,7 +140,7 @@ class DataSpec(Section):
     the same to rounding; only padding goes."""
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """More malformed records than this stop the job before any training."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of the data, initial adapter weights and dropout."""
 
 

@@ -1,16 +1,18 @@
 """What the model can do on the test split: its loss there, its answers, and their scores."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raytune_ft.errors import Diverged
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.evaluate.scores import score
 from raytune_ft.spec import EvaluateSpec
 from raytune_ft.train.batch import Layout, Tokens
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.examples import Examples
-from raytune_ft.train.loop import mean_loss
+from raytune_ft.train.loop import REMEDY, mean_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +41,11 @@ def assess(
     spec: EvaluateSpec,
     end_ids: Sequence[int],
 ) -> Assessment:
-    """Assess the model as it is."""
+    """Assess the model as it is.
+
+    Raises:
+        Diverged: a score is not finite.
+    """
     questions = test.questions(spec.max_examples)
     answers = answer(
         model,
@@ -52,5 +58,11 @@ def assess(
     scores = (
         score(spec.metrics, answers, [question.references for question in questions]) if questions else {}
     )
-    loss = split_loss(engine, test.first(spec.max_examples), layout, spec.batch_sequences)
-    return Assessment({**scores, "token_loss": loss}, answers)
+    loss = split_loss(engine, test.sample(spec.max_examples), layout, spec.batch_sequences)
+    scores["token_loss"] = loss
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{name} on the test split is {value}: the last steps blew the weights up; {REMEDY}"
+            )
+    return Assessment(scores, answers)

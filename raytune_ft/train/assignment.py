@@ -4,10 +4,11 @@ Driver, controller and worker all unpickle what stands here. Only the worker nee
 seconds and memory in each process; so it is imported when the worker runs.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_ft.errors import RaytuneError
+from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.run import RunState
 
@@ -24,6 +25,8 @@ class Assignment:
     """Tokens that learned answers end with."""
     tables: list[Any]
     """References to the Arrow tables of the data pass, in Ray's object store."""
+    channel: str
+    """Where the worker's events go: another for each launch, so that nobody reads an earlier driver's."""
     use_gpu: bool
     threads: int
 
@@ -40,10 +43,14 @@ class Outcome:
 
 
 def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError:
-    """Entry for Ray Train. Our own errors come back as a value: Ray would retry an exception."""
+    """Entry for Ray Train. Errors come back as a value: Ray would retry an exception."""
     from raytune_ft.train.worker import run_recipe
 
     try:
         return run_recipe(config["assignment"])
     except RaytuneError as error:
         return error
+    except Exception as error:
+        logging.getLogger(__name__).exception("the worker failed")
+        reason = str(error).strip().partition("\n")[0][:300]
+        return TrainingError(f"the worker failed: {type(error).__name__}: {reason}")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError, OutOfMemory
+from raytune_ft.methods import saving
 from raytune_ft.methods.lora import set_step
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import OptimizerSpec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _WEIGHTS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _FORWARDS_PER_STEP = 1 << 16
+_SEED_STRIDE = 1 << 40
 
 
 def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -82,11 +84,13 @@ class BankEngine:
         parameters: Mapping[str, nn.Parameter],
         optimizer: OptimizerSpec,
         *,
+        seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
         self.device = next(model.parameters()).device
+        self.seed = seed
         self.max_grad_norm = optimizer.max_grad_norm
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
@@ -103,7 +107,11 @@ class BankEngine:
         Raises:
             OutOfMemory: the device's memory does not hold the pass.
         """
-        set_step(self.model, step * _FORWARDS_PER_STEP + forward)
+        passes = step * _FORWARDS_PER_STEP + forward
+        set_step(self.model, passes)
+        # A base may have dropout of its own. Its masks become a function of the pass, as ours are, so that a
+        # resumed run draws those that an uninterrupted one drew.
+        torch.manual_seed((self.seed * _SEED_STRIDE + passes) % 2**63)
         self.model.train()
         try:
             loss_sum = self.loss_sum(batch)
@@ -113,7 +121,17 @@ class BankEngine:
                 f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
                 f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
             ) from None
+        self._collect()
         return float(loss_sum.detach())
+
+    def _collect(self) -> None:
+        """Add the gradients of bfloat16 parameters to their float32 masters, where passes add up exactly."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if parameter is not master and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of the learned tokens: hidden states for all, logits for those alone."""
@@ -127,12 +145,6 @@ class BankEngine:
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""
-        copies = [
-            (p, self.masters[name]) for name, p in self.parameters.items() if p is not self.masters[name]
-        ]
-        for parameter, master in copies:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), limit)
         if torch.isfinite(norm):
@@ -141,8 +153,9 @@ class BankEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for parameter, master in copies:
-                parameter.copy_(master)
+            for name, parameter in self.parameters.items():
+                if parameter is not self.masters[name]:
+                    parameter.copy_(self.masters[name])
         return float(norm)
 
     @torch.no_grad()
@@ -153,10 +166,10 @@ class BankEngine:
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}, folder / _WEIGHTS
-        )
-        torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}
+        with saving(folder):
+            save_file(tensors, folder / _WEIGHTS)
+            torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`.

@@ -48,7 +48,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the examples of a step share rows and forward passes. It changes a result by rounding only."""
+    """How the examples of a step share rows and forward passes. It changes a result by rounding only,
+    but for dropout: its masks are drawn for a pass as it is laid out."""
 
     packing: bool
     """Let examples share a row of at most `max_tokens`."""

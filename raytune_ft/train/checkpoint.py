@@ -28,7 +28,7 @@ class Position:
     history: list[dict[str, Any]] = field(default_factory=list)
     """A report of every step so far: the loss curve survives a kill."""
     before: dict[str, Any] | None = None
-    """Evaluation of the bare base, which is not repeated."""
+    """How the bare base was evaluated, its scores and answers: kept while the job asks the same."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_ft.data.order import Mixture
+from raytune_ft.data.tokenise import answer_start
 from raytune_ft.train.batch import Tokens
 
 
@@ -42,19 +43,22 @@ class Examples:
         sizes = np.bincount(self._table["source"].to_numpy(), minlength=len(weights))
         return Mixture(tuple(int(size) for size in sizes), tuple(weights))
 
+    def spread(self, limit: int) -> list[int]:
+        """At most `limit` example numbers, evenly over the split, so that each source has its share."""
+        size = len(self)
+        return list(range(size)) if size <= limit else [at * size // limit for at in range(limit)]
+
+    def sample(self, limit: int) -> list[Tokens]:
+        """At most `limit` examples, evenly over the split."""
+        return [self[number] for number in self.spread(limit)]
+
     def questions(self, limit: int) -> list[Question]:
-        """The first `limit` examples with a prompt and a reference; prompts end before the last answer."""
+        """Those of a sample that have a prompt and a reference; prompts end before the last answer."""
         found: list[Question] = []
-        for number in range(len(self)):
-            if len(found) == limit:
-                break
+        for number in self.spread(limit):
             example = self[number]
             references = self._table["references"][number].as_py()
-            begins = np.flatnonzero(np.diff(example.learned.astype(np.int8)) == 1)
-            if len(begins) and references:
-                found.append(Question(example.input_ids[: begins[-1] + 1].tolist(), references))
+            start = answer_start(example.learned.tolist())
+            if start and references:
+                found.append(Question(example.input_ids[:start].tolist(), references))
         return found
-
-    def first(self, limit: int) -> list[Tokens]:
-        """The first `limit` examples."""
-        return [self[number] for number in range(min(limit, len(self)))]

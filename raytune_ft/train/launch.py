@@ -3,13 +3,17 @@
 import json
 import logging
 import os
+import shutil
+import socket
 import threading
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 import ray.train
@@ -19,21 +23,22 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from raytune_ft.catalog import Catalog
 from raytune_ft.data.prepare import PreparedData, prepare
 from raytune_ft.data.sources import fingerprint, list_objects
-from raytune_ft.errors import BadInput, RaytuneError, TrainingError
-from raytune_ft.models import load_tokenizer, model_folder, read_facts
+from raytune_ft.errors import BadInput, RaytuneError, SpecError, TrainingError
+from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
 from raytune_ft.planner import check_max_tokens
 from raytune_ft.report import RunReport, write_report
 from raytune_ft.spec import JobSpec
-from raytune_ft.storage import arrow_filesystem
+from raytune_ft.storage import arrow_filesystem, disk_errors
 from raytune_ft.tensorboard import ScalarLog
 from raytune_ft.train.assignment import Assignment, Outcome, train_worker
 from raytune_ft.train.progress import Event, EventReader
-from raytune_ft.train.run import Run, RunState
+from raytune_ft.train.run import Run, RunState, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _POLL_S = 0.2
+_CONNECT_TIMEOUT_S = 5.0
 OnEvent = Callable[[Event], None]
 
 
@@ -56,29 +61,42 @@ def train(
         TrainingError: training could not go on.
         StorageError: the store failed for longer than the retries last.
     """
+    began = time.perf_counter()
     check_max_tokens(job, read_facts(model_folder(job.model.path, weights=False)))
     Catalog.at(job.publish.catalog).check()
-    objects = list_objects(job.data)
-    objects_fingerprint = fingerprint(objects)
+    base = base_identity(job.model.path)
+    inputs = digest([fingerprint(list_objects(job.data)), base])
     run = Run(job)
     if restart:
         run.clear()
-    elif result := run.finished(objects_fingerprint):
+    elif result := run.finished(inputs):
+        on_event({"phase": "done before"})
         return result
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
+    _prepare_output(job, output)
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizer = pool.submit(load_tokenizer, job.model)
         with ray_session():
             on_event({"phase": "data"})
             data = _pass_data(job, output, tokenizer.result())
-            state = run.begin(data.fingerprint)
+            state = run.begin(data.fingerprint, base)
             on_event({"phase": "start"})
             outcome = _run_worker(job, run, state, data, output, on_event)
-    _keep(job, outcome, data, output)
-    run.finish(outcome.result, objects_fingerprint)
-    return outcome.result
+    result = {**outcome.result, "seconds": time.perf_counter() - began}
+    _keep(job, result, outcome, data, output)
+    run.finish(result, inputs)
+    return result
+
+
+def _prepare_output(job: JobSpec, output: Path) -> None:
+    """Make the folder, without what an earlier run left that would mix with this one's."""
+    if output.exists() and not output.is_dir():
+        raise SpecError(f"--output {output}: is a file; name a folder")
+    with disk_errors(str(output)):
+        output.mkdir(parents=True, exist_ok=True)
+        # The worker sends the whole history of a run that goes on.
+        shutil.rmtree(output / "tensorboard", ignore_errors=True)
+        (output / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
 
 
 def _pass_data(job: JobSpec, output: Path, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
@@ -97,7 +115,9 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     address = os.environ.get("RAY_ADDRESS", "local")
     local: dict[str, Any] = {}
-    if address == "local":
+    if address != "local":
+        _check_reachable(address)
+    else:
         local["include_dashboard"] = False
         # Nobody takes this machine away with a notice, and the watcher is a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -111,6 +131,20 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_reachable(address: str) -> None:
+    """Ask before Ray does, which would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise SpecError(
+            f"RAY_ADDRESS = {address}: nobody answers there ({error.strerror or error}); "
+            "start the cluster, or unset RAY_ADDRESS to run on this machine"
+        ) from None
+
+
 def _run_worker(
     job: JobSpec, run: Run, state: RunState, data: PreparedData, output: Path, on_event: OnEvent
 ) -> Outcome:
@@ -119,9 +153,15 @@ def _run_worker(
     assignment = Assignment(
         job=job,
         state=state,
-        data={"fingerprint": data.fingerprint, "counts": data.counts.to_json(), "templates": data.templates},
+        data={
+            "fingerprint": data.fingerprint,
+            "counts": data.counts.to_json(),
+            "templates": data.templates,
+            "end_ids": data.end_ids,
+        },
         end_ids=data.end_ids,
         tables=data.examples.to_arrow_refs(),
+        channel=uuid.uuid4().hex,
         use_gpu=use_gpu,
         threads=threads,
     )
@@ -142,18 +182,38 @@ def _run_worker(
             checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
         ),
     )
-    with _watch(state.attempt, output / "tensorboard", on_event):
-        try:
-            returned = trainer.fit().return_value
-        except ray.train.TrainingFailedError as error:
-            raise TrainingError(
-                f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
-                f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
-            ) from error
+    try:
+        with _Follower(assignment.channel, output / "tensorboard", on_event) as follower:
+            returned = _fit(trainer, follower.take).return_value
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(
+            f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
+            f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
+        ) from error
     if isinstance(returned, RaytuneError):
         raise returned
     outcome: Outcome = returned
     return outcome
+
+
+def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.train.Result:
+    """Run the trainer; call `meanwhile` again and again until it ends.
+
+    `fit` blocks, and in the main thread it would also take over Ctrl-C.
+    """
+    ended: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
+            ended.set_exception(error)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    while not ended.done():
+        wait([ended], timeout=_POLL_S)
+        meanwhile()
+    return ended.result()
 
 
 def _use_gpu(job: JobSpec) -> bool:
@@ -168,7 +228,7 @@ def _gpu(use_gpu: bool) -> dict[str, float]:
 
 
 def _largest_node_cpus() -> int:
-    return max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    return max(1, *(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
 
 
 def _cause(error: BaseException) -> str:
@@ -179,41 +239,26 @@ def _cause(error: BaseException) -> str:
     return lines[-1].strip()[:300] if lines else type(error).__name__
 
 
-@contextmanager
-def _watch(channel: str, folder: Path, on_event: OnEvent) -> Iterator[None]:
-    """Follow the worker's events from a thread, since `fit` blocks, until the block ends."""
-    reader = EventReader(channel)
-    scalars = ScalarLog(folder)
-    follower = _Follower(scalars, on_event)
-    done = threading.Event()
-
-    def follow() -> None:
-        while not done.wait(_POLL_S):
-            follower.take(reader)
-
-    thread = threading.Thread(target=follow, name="events", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        follower.take(reader)
-        reader.close()
-        scalars.close()
-
-
 class _Follower:
     """Turns the worker's events into scalars and into what a display shows; a repeated step counts once."""
 
-    def __init__(self, scalars: ScalarLog, on_event: OnEvent) -> None:
-        self._scalars = scalars
+    def __init__(self, channel: str, folder: Path, on_event: OnEvent) -> None:
+        self._reader = EventReader(channel)
+        self._scalars = ScalarLog(folder)
         self._on_event = on_event
         self._step = 0
 
-    def take(self, reader: EventReader) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self._scalars.close()
+        if kind is None:
+            self._reader.close()
+
+    def take(self) -> None:
         """Handle all events that have come."""
-        for event in reader.read():
+        for event in self._reader.read():
             history = event.pop("history", [])
             for entry in history:
                 if entry["step"] > self._step:
@@ -241,19 +286,20 @@ def _speed(history: list[dict[str, Any]]) -> float:
     return float(sum(entry["tokens"] for entry in history) / sum(entry["seconds"] for entry in history))
 
 
-def _keep(job: JobSpec, outcome: Outcome, data: PreparedData, output: Path) -> None:
+def _keep(job: JobSpec, result: dict[str, Any], outcome: Outcome, data: PreparedData, output: Path) -> None:
     """Write what a person reads afterwards."""
-    (output / "result.json").write_text(json.dumps(outcome.result) + "\n")
     report = RunReport(
         title=job.name,
         job=job.resolved(),
-        result=outcome.result,
+        result=result,
         history=outcome.history,
-        scores_before=outcome.result["scores_before"],
-        scores_after=outcome.result["scores_after"],
+        scores_before=result["scores_before"],
+        scores_after=result["scores_after"],
         samples=outcome.samples,
         data_counts=data.counts.to_json(),
         machine=outcome.machine,
         versions=outcome.versions,
     )
-    write_report(report, output / "report.html")
+    with disk_errors(str(output)):
+        (output / "result.json").write_text(json.dumps(result) + "\n")
+        write_report(report, output / "report.html")

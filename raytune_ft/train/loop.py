@@ -10,6 +10,8 @@ from raytune_ft.errors import Diverged
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Engine
 
+REMEDY = "lower optimizer.learning_rate, raise schedule.warmup or lower optimizer.max_grad_norm"
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -91,7 +93,4 @@ def mean_loss(engine: Engine, batches: Iterable[Batch]) -> float:
 
 def _check_finite(value: float, step: int, what: str, rate: float) -> None:
     if not math.isfinite(value):
-        raise Diverged(
-            f"step {step + 1}: the {what} is {value} at learning rate {rate:.3g}; "
-            "lower optimizer.learning_rate, raise schedule.warmup or lower optimizer.max_grad_norm"
-        )
+        raise Diverged(f"step {step + 1}: the {what} is {value} at learning rate {rate:.3g}; {REMEDY}")

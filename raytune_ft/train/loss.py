@@ -63,5 +63,9 @@ def cross_entropy_sum(
         parameters: tensors of the head; those that require a gradient get one.
         chunk_tokens: positions whose logits exist at the same time.
     """
+    if not torch.is_grad_enabled():
+        pieces = zip(torch.split(hidden_ND, chunk_tokens), torch.split(labels_N, chunk_tokens), strict=True)
+        sums = [F.cross_entropy(project(piece).float(), labels, reduction="sum") for piece, labels in pieces]
+        return torch.stack(sums).sum()
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, labels_N, project, chunk_tokens, *parameters)  # type: ignore[no-untyped-call]  # torch does not type it
     return loss

@@ -11,7 +11,8 @@ import torch
 
 from raytune_ft import __version__
 from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, model_card
-from raytune_ft.methods import METHODS
+from raytune_ft.catalog.record import FILE_SUFFIXES
+from raytune_ft.methods import METHODS, saving
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.run import RunState
@@ -75,12 +76,15 @@ def publish(
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        method.save(model, job.method, folder, job.model.path)
-        if method.artifact == "model":
-            tokenizer.save_pretrained(folder)
+        with saving(folder):
+            method.save(model, job.method, folder, job.model.path)
+            if method.artifact == "model":
+                tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(draft))
         (folder / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
-        files = {file.name: file for file in sorted(folder.iterdir())}
+        # A model that came with code is published without it: a catalog holds nothing that runs.
+        written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
+        files = {file.relative_to(folder).as_posix(): file for file in written}
         catalog = Catalog.at(job.publish.catalog)
         record = catalog.publish(draft, files, publish_id=state.publish_id(job))
     if job.publish.alias:

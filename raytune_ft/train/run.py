@@ -4,9 +4,9 @@ import hashlib
 import json
 import uuid
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from raytune_ft.errors import DataError
+from raytune_ft.errors import DataError, ModelError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import Storage, open_storage
 
@@ -28,6 +28,7 @@ class RunState:
     attempt: str
     """Names this attempt: `--restart` begins another, whose result is another version."""
     data_fingerprint: str
+    base_identity: str
 
     def publish_id(self, job: JobSpec) -> str:
         """The same for every retry of this attempt with this job, so that it is published once."""
@@ -45,46 +46,65 @@ class Run:
         self.storage: Storage = open_storage(f"{self.parent_uri}/{self.id}")
 
     def clear(self) -> None:
-        """Forget all that the run left: checkpoints, state and result."""
-        # The state goes first: a half-cleared folder then counts as no run.
+        """Forget all that the run left: result, state, then checkpoints.
+
+        Interrupted anywhere it is still forgotten: `begin` clears what stands there without a state.
+        """
+        self.storage.delete(_RESULT_FILE)
         self.storage.delete(_STATE_FILE)
         for found in list(self.storage.list()):
             self.storage.delete(found.key)
 
-    def finished(self, objects_fingerprint: str) -> dict[str, Any] | None:
-        """The result, where this very job has been done on these very objects."""
+    def finished(self, inputs: str) -> dict[str, Any] | None:
+        """The result, where this very job has been done on these very inputs.
+
+        Args:
+            inputs: fingerprint of the data's objects and the base.
+        """
         text = self.storage.read_or_none(_RESULT_FILE)
         if text is None:
             return None
         kept: dict[str, Any] = json.loads(text)
-        same = kept["job"] == digest(self.job.resolved()) and kept["objects"] == objects_fingerprint
+        same = kept["job"] == digest(self.job.resolved()) and kept["inputs"] == inputs
         return kept["result"] if same else None
 
-    def finish(self, result: dict[str, Any], objects_fingerprint: str) -> None:
+    def finish(self, result: dict[str, Any], inputs: str) -> None:
         """Remember the result, so that the same command need not train again."""
-        kept = {"job": digest(self.job.resolved()), "objects": objects_fingerprint, "result": result}
+        kept = {"job": digest(self.job.resolved()), "inputs": inputs, "result": result}
         self.storage.write(_RESULT_FILE, json.dumps(kept).encode())
 
-    def begin(self, data_fingerprint: str) -> RunState:
+    def begin(self, data_fingerprint: str, base_identity: str) -> RunState:
         """The state of the run that is under way, or of a new one.
 
-        A finished run on other data is no obstacle: a new one begins.
+        A finished run on other inputs is no obstacle: a new one begins.
 
         Raises:
             DataError: the data changed under a run that is not finished.
+            ModelError: the base did.
         """
         kept = self.storage.read_or_none(_STATE_FILE)
         if kept is not None:
             state = RunState(**json.loads(kept))
-            if state.data_fingerprint == data_fingerprint:
+            if (state.data_fingerprint, state.base_identity) == (data_fingerprint, base_identity):
                 return state
             if self.storage.info(_RESULT_FILE) is None:
-                raise DataError(
-                    f"{self.job.name}: the data changed since this run began "
-                    f"(fingerprint {state.data_fingerprint[:12]} then, {data_fingerprint[:12]} now); "
-                    "put the old data back, or start over with --restart"
-                )
-            self.clear()
-        state = RunState(1, uuid.uuid4().hex[:16], data_fingerprint)
-        self.storage.write(_STATE_FILE, json.dumps(asdict(state)).encode())
-        return state
+                self._refuse(state, data_fingerprint, base_identity)
+        self.clear()
+        state = RunState(1, uuid.uuid4().hex[:16], data_fingerprint, base_identity)
+        if self.storage.write_once(_STATE_FILE, json.dumps(asdict(state)).encode()):
+            return state
+        # Somebody else began at the same moment: theirs is the attempt that both publish, once.
+        return RunState(**json.loads(self.storage.read(_STATE_FILE)))
+
+    def _refuse(self, state: RunState, data_fingerprint: str, base_identity: str) -> NoReturn:
+        if state.data_fingerprint != data_fingerprint:
+            raise DataError(
+                f"{self.job.name}: the data changed since this run began "
+                f"(fingerprint {state.data_fingerprint[:12]} then, {data_fingerprint[:12]} now); "
+                "put the old data back, or start over with --restart"
+            )
+        raise ModelError(
+            f"{self.job.name}: {self.job.model.path} changed since this run began "
+            f"({state.base_identity[:12]} then, {base_identity[:12]} now); "
+            "put the old base back, or start over with --restart"
+        )

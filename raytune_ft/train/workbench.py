@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""What a container may use, which is less than what its machine has."""
+
+
 @dataclass(frozen=True)
 class Workbench:
     """All that a run works with."""
@@ -34,7 +38,7 @@ class Workbench:
 
 
 def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
-    """Load the base, add the method, and restore the checkpoint where there is one.
+    """Load the base and add the method; `engine.load` then restores a checkpoint.
 
     Raises:
         ModelError: the base does not fit the device, the job or the checkpoint.
@@ -49,10 +53,12 @@ def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
     check_isolation(model, packed=job.data.packing)
     parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed)
     engine = BankEngine(
-        model, parameters, job.optimizer, gradient_checkpointing=job.model.gradient_checkpointing
+        model,
+        parameters,
+        job.optimizer,
+        seed=job.data.seed,
+        gradient_checkpointing=job.model.gradient_checkpointing,
     )
-    if checkpoint:
-        engine.load(checkpoint)
     return Workbench(
         model, tokenizer, engine, _layout(job, position.choice, tokenizer.pad_token_id), position
     )
@@ -78,7 +84,9 @@ def _memory_bytes(device: torch.device) -> int:
     """All memory of the device, not what is free now: a choice must not depend on the neighbours."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def _compute_alike(threads: int, device: torch.device) -> None:
@@ -86,6 +94,8 @@ def _compute_alike(threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads what it has not written. (torch types the module without this property.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _layout(job: JobSpec, choice: Choice, pad_token_id: int) -> Layout:

@@ -26,19 +26,18 @@ from raytune_ft.train.schedule import learning_rate
 from raytune_ft.train.workbench import Workbench, set_up
 
 _SAMPLES = 24
+_NOT_ASSESSED: dict[str, Any] = {"scores": None, "answers": []}
 
 
 def run_recipe(assignment: Assignment) -> Outcome:
     """Load, assess, train, assess, publish."""
     began = time.perf_counter()
     job = assignment.job
-    events = EventWriter(assignment.state.attempt)
+    events = EventWriter(assignment.channel)
     table = pa.concat_tables(ray.get(assignment.tables))
     train, validation, test = (Examples(table, split) for split in ("train", "validation", "test"))
     course = _course(job, train)
     events.write({"phase": "load"})
-    with _latest_checkpoint() as checkpoint:
-        bench = set_up(assignment, checkpoint)
 
     def test_now(phase: str) -> Assessment | None:
         if not job.evaluate.metrics or not len(test):
@@ -48,10 +47,16 @@ def run_recipe(assignment: Assignment) -> Outcome:
             bench.model, bench.tokenizer, bench.engine, test, bench.layout, job.evaluate, assignment.end_ids
         )
 
-    position = bench.position
-    if position.step == 0:
-        before = test_now("evaluate before")
-        position = replace(position, before=asdict(before) if before else None)
+    with _latest_checkpoint() as checkpoint:
+        bench = set_up(assignment, checkpoint)
+        position = bench.position
+        how = job.evaluate.model_dump(mode="json")
+        # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
+        if position.before is None or position.before["how"] != how:
+            found = test_now("evaluate before")
+            position = replace(position, before={"how": how, **(asdict(found) if found else _NOT_ASSESSED)})
+        if checkpoint:
+            bench.engine.load(checkpoint)
     position = _train(job, bench, position, course, train, validation, events)
     after = test_now("evaluate after")
     events.write({"phase": "publish"})
@@ -91,7 +96,7 @@ def _train(
     """The steps from `position` to the end of the course; where that is."""
 
     def validate() -> float | None:
-        chosen = validation.first(job.evaluate.max_examples)
+        chosen = validation.sample(job.evaluate.max_examples)
         return split_loss(bench.engine, chosen, bench.layout, job.batch.sequences) if chosen else None
 
     total = course.total_steps
@@ -141,9 +146,9 @@ def _latest_checkpoint() -> Iterator[Path | None]:
 def _samples(
     job: JobSpec, test: Examples, tokenizer: Any, before: dict[str, Any] | None, after: Assessment | None
 ) -> list[dict[str, Any]]:
-    if before is None or after is None:
+    if not before or after is None:
         return []
-    questions = test.questions(min(_SAMPLES, job.evaluate.max_examples))
+    questions = test.questions(job.evaluate.max_examples)
     return [
         {
             "prompt": tokenizer.decode(question.prompt_ids, skip_special_tokens=True),
@@ -152,6 +157,6 @@ def _samples(
             "after": answer_after,
         }
         for question, answer_before, answer_after in zip(
-            questions, before["answers"], after.answers, strict=False
+            questions, before["answers"], after.answers, strict=True
         )
-    ]
+    ][:_SAMPLES]

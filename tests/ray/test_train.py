@@ -109,7 +109,7 @@ class TestDone:
         job, result, _, _ = reference
         events: list[Any] = []
         assert train(job, tmp_path, on_event=events.append) == result
-        assert events == []
+        assert events == [{"phase": "done before"}]
 
     def test_generate_answers(self, reference: Any) -> None:
         job = reference[0]
@@ -147,6 +147,27 @@ class TestKilled:
         assert next(step for step in started if step >= 0) >= 4
         assert result["scores_before"] == reference[1]["scores_before"]
         assert equal(reference[2], adapter(job.publish.catalog, "capitals", tmp_path / "pulled"))
+
+    def test_a_changed_base_is_trained_on_anew(self, job: JobSpec, tmp_path: Path) -> None:
+        own = tiny.save_base(tmp_path / "own")
+        quick = changed(
+            job, model={"path": str(own), "weight_bits": 32}, schedule={"steps": 2}, evaluate={"metrics": []}
+        )
+        assert train(quick, tmp_path / "out")["version"] == 1
+        tiny.save_base(own, tiny.llama(layers=1))
+        assert train(quick, tmp_path / "out")["version"] == 2
+        # The same training, asked for more: the checkpoint serves, and the bare base is asked the same.
+        more = changed(
+            quick, evaluate={"metrics": ["exact_match", "chrf"], "max_examples": 4, "max_new_tokens": 2}
+        )
+        again = train(more, tmp_path / "out")
+        assert again["version"] == 3
+        assert (
+            again["scores_before"].keys()
+            == again["scores_after"].keys()
+            == {"exact_match", "chrf", "token_loss"}
+        )
+        assert again["scores_after"]["token_loss"] < again["scores_before"]["token_loss"]
 
     def test_restart_trains_again_and_publishes_the_next_version(self, job: JobSpec, tmp_path: Path) -> None:
         quick = changed(job, schedule={"steps": 2}, evaluate={"metrics": []})

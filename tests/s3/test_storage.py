@@ -1,5 +1,6 @@
 """What every store must do, asked of each; then what only S3 can get wrong."""
 
+import json
 import os
 import pickle
 import threading
@@ -94,6 +95,28 @@ def test_one_of_many_creates(storage: Storage) -> None:
 def test_conditional_writes_are_probed_without_a_trace(storage: Storage) -> None:
     assert conditional_writes_hold(storage)
     assert list(storage.list()) == []
+
+
+@s3
+def test_no_right_to_delete_is_needed(s3_server: S3Server, bucket: str) -> None:
+    if s3_server.kind == "moto":
+        pytest.skip("moto lets everybody do everything")
+    denied = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:DeleteObject",
+        "Resource": f"arn:aws:s3:::{bucket}/*",
+    }
+    client = boto3.client("s3")
+    client.put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]})
+    )
+    client.close()
+    storage = open_storage(f"s3://{bucket}")
+    assert conditional_writes_hold(storage)
+    (probe,) = storage.list()
+    with pytest.raises(StorageDenied):
+        storage.delete(probe.key)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from stores import (
     Crash,
     CrashingStorage,
     ForgetfulStorage,
+    KeepingStorage,
     adapter_files,
     check_race,
     draft,
@@ -325,6 +326,35 @@ def test_altered_content_is_not_pulled(catalog: Catalog, files: dict[str, Path],
     assert sorted(os.listdir(tmp_path)) == ["catalog", "files"]
 
 
+@pytest.mark.parametrize("content", [b"wEights", b"we"])
+def test_publishing_again_repairs_content(
+    catalog: Catalog, files: dict[str, Path], tmp_path: Path, content: bytes
+) -> None:
+    record = catalog.publish(draft(), files, publish_id="run-1")
+    weights = next(entry for entry in record.files if entry.name == "adapter_model.safetensors")
+    catalog.storage.write(f"blobs/{weights.sha256}", content)
+    catalog.publish(draft(), files, publish_id="run-2")
+    catalog.pull("capital@v1", tmp_path / "pulled")
+
+
+def test_content_that_is_there_is_not_sent_again(catalog: Catalog, files: dict[str, Path]) -> None:
+    catalog.publish(draft(), files, publish_id="run-1")
+    counting = CrashingStorage(catalog.storage, crash_at=0, written=False)
+    Catalog(counting).publish(draft(), files, publish_id="run-2")
+    assert counting.writes == WRITES - len(files)
+
+
+def test_large_content_is_told_by_its_size(
+    catalog: Catalog, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_ft.catalog.publish.READ_BACK_BYTES", len(b"weights") - 1)
+    record = catalog.publish(draft(), files, publish_id="run-1")
+    weights = next(entry for entry in record.files if entry.name == "adapter_model.safetensors")
+    catalog.storage.write(f"blobs/{weights.sha256}", b"wEights")
+    catalog.publish(draft(), files, publish_id="run-2")
+    assert catalog.storage.read(f"blobs/{weights.sha256}") == b"wEights"
+
+
 def test_a_pull_replaces_nothing(catalog: Catalog, files: dict[str, Path], tmp_path: Path) -> None:
     catalog.publish(draft(), files, publish_id="run-1")
     (tmp_path / "empty").mkdir()
@@ -359,6 +389,12 @@ def test_a_store_that_ignores_the_condition_is_refused(catalog: Catalog) -> None
         f"{catalog.uri}: this store ignores If-None-Match: two publishers could overwrite each other's "
         "versions; use one with conditional writes (AWS S3, Ceph, MinIO, Cloudflare R2) or a folder"
     )
+
+
+def test_a_store_that_keeps_everything_is_good_enough(catalog: Catalog, files: dict[str, Path]) -> None:
+    keeping = Catalog(KeepingStorage(catalog.storage))
+    keeping.check()
+    assert keeping.publish(draft(), files, publish_id="run-1").version == 1
 
 
 @pytest.fixture

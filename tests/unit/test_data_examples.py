@@ -19,6 +19,7 @@ from raytune_ft.spec import DataSpec
 
 TOKENIZER = tiny.tokenizer()
 ENCODER = Encoder.of(TOKENIZER)
+ANSWER = {"role": "assistant", "content": "z"}
 GOOD = [{"instruction": f"say {n}", "output": [str(n), f"{n}."]} for n in range(40)]
 
 
@@ -81,17 +82,30 @@ def test_rows(tmp_path: Path) -> None:
 
 
 def test_equal_inputs_stand_on_one_side(tmp_path: Path) -> None:
-    answer = {"role": "assistant", "content": "z"}
     shapes: list[list[Any]] = [
         [{"prompt": f"say {n}", "completion": "x"} for n in range(100)],
         [{"instruction": f"say  {n}\n", "output": "y"} for n in range(100)],
-        [{"messages": [{"role": "user", "content": f"say {n}"}, answer]} for n in range(100)],
+        [{"messages": [{"role": "user", "content": f"say {n}"}, ANSWER]} for n in range(100)],
     ]
     uris = [write(tmp_path, f"{at}.jsonl", records) for at, records in enumerate(shapes)]
     rows, _ = run(spec(*uris, split={"validation": 0.3, "test": 0.3}))
     splits = [[row["split"] for row in rows if row["source"] == source] for source in range(3)]
     assert splits[0] == splits[1] == splits[2]
     assert set(splits[0]) == {"train", "validation", "test"}
+
+
+def test_a_chat_stands_where_the_chats_that_it_begins_do(tmp_path: Path) -> None:
+    """All answers are learned: a question of the test split must not be one's beginning in training."""
+    chats = [
+        [turn for said in range(turns) for turn in ({"role": "user", "content": f"ask {said} {n}"}, ANSWER)]
+        for n in range(30)
+        for turns in (1, 2, 3)
+    ]
+    uri = write(tmp_path, "a.jsonl", [{"messages": chat} for chat in chats])
+    rows, _ = run(spec(uri, split={"validation": 0.3, "test": 0.3}))
+    splits = [row["split"] for row in rows]
+    assert splits[0::3] == splits[1::3] == splits[2::3]
+    assert set(splits) == {"train", "validation", "test"}
 
 
 def test_numbers_sort_objects_of_a_source(tmp_path: Path) -> None:
@@ -116,6 +130,26 @@ def test_bad_records_keep_their_place_and_the_others_their_number(tmp_path: Path
     ]
     assert (report.counts.records, report.counts.bad) == (5, 3)
     assert report.bad[1].record == '["x"]'
+
+
+def test_half_a_character_outside_the_prompt(tmp_path: Path) -> None:
+    """In a name or a column that no shape looks at, it reaches templates and messages."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        r'{"\ud800": "a"}' + "\n" + r'{"prompt": "p", "note": "\ud800", "completion": "c"}' + "\n",
+        encoding="utf-8",
+    )
+    source = {"uri": str(path), "template": "{{ note }}"}
+    rows, (report,) = run(DataSpec.model_validate({"sources": [source]}))
+    assert rows == []
+    assert [bad.reason.partition("; ")[0] for bad in report.bad] == [
+        "no completion: none of completion, response, output, answer, target, continuation, messages, "
+        r"conversations or text among its fields (\ud800)",
+        r"template {{ note }}: 'utf-8' codec can't encode character '\ud800' in position 0: "
+        "surrogates not allowed",
+    ]
+    for bad in report.bad:
+        bad.reason.encode("utf-8")
 
 
 def test_tables_of_a_long_file_continue_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,10 +118,15 @@ def test_an_inline_template_does_not_see_the_completion() -> None:
     assert read({"messages": [USER, ASSISTANT], "topic": "x"}).columns == {"topic": "x"}
 
 
-def test_input_text_is_all_before_the_last_turn() -> None:
+def test_input_text_is_all_before_the_first_answer() -> None:
     assert read({"instruction": "Hi", "input": "x", "output": "Hello"}).input_text == "Hi\nx"
-    assert read({"messages": [USER, ASSISTANT, USER, ASSISTANT]}).input_text == "Hi\nHello\nHi"
+    assert read({"messages": [USER, USER, ASSISTANT, USER, ASSISTANT]}).input_text == "Hi\nHi"
     assert PlainText("Once").input_text == "Once"
+
+
+def test_a_greeting_is_no_answer() -> None:
+    """It stands before many different questions, which must not all fall into one split."""
+    assert read({"messages": [ASSISTANT, USER, ASSISTANT, USER, ASSISTANT]}).input_text == "Hello\nHi"
 
 
 NO_COMPLETION = (

@@ -1,6 +1,7 @@
 """Conversations to segments: built-in, inline and chat templates."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,11 @@ def test_inline_template_sees_earlier_messages(encoder: Encoder) -> None:
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ input.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
         ("{{ range(1000000) }}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
+        ("{{ input|dictsort }}", "'str' object has no attribute 'items'"),
+        (
+            "{{ '\\ud800' }}",
+            "'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
+        ),
     ],
 )
 def test_inline_template_that_does_not_fit_the_record(encoder: Encoder, template: str, reason: str) -> None:
@@ -169,6 +175,16 @@ def test_inline_template_that_does_not_fit_the_record(encoder: Encoder, template
         render(template, record(ALPACA), encoder)
     expected = f"template {template}: {reason}; besides the completion the record has instruction, input"
     assert str(raised.value) == expected
+
+
+def test_template_without_end(encoder: Encoder) -> None:
+    macro = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"
+    with pytest.raises(Malformed, match=r"^template .* maximum recursion depth exceeded.*; besides the comp"):
+        render(macro, record(ALPACA), encoder)
+    with pytest.raises(
+        Malformed, match=r"^the tokenizer's chat template refuses it: maximum recursion depth"
+    ):
+        find_template("chat", replace(encoder, chat_template=macro)).open_answer((Turn("user", "a"),))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +205,8 @@ def test_inline_template_that_does_not_fit_the_record(encoder: Encoder, template
             "template a {{ x: line 2: unexpected end of template, expected 'end of print statement'.",
         ),
         ("{% if x %}", "template {% if x %}: line 1: Unexpected end of template."),
+        (f"{{{{ {'not ' * 5000}x }}}}", "template {{ not not not "),
+        (f"{'{% for i in x %}' * 30}{'{% endfor %}' * 30}", "template {% for i in x %}{% for i in x %}"),
     ],
 )
 def test_template_that_cannot_be_used(encoder: Encoder, template: str, message: str) -> None:
@@ -204,6 +222,11 @@ def test_chat_template_of_the_tokenizer(chat_encoder: Encoder) -> None:
         ("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
         ("d<|im_end|>", True),
     ]
+
+
+def test_answer_that_looks_like_the_end_of_a_marker(chat_encoder: Encoder) -> None:
+    chat = record({"messages": [MESSAGES[0], {"role": "assistant", "content": ">"}]})
+    assert render("chat", chat, chat_encoder)[-1] == Segment("><|im_end|>", learned=True, ends_turn=True)
 
 
 def test_chat_template_renders_as_the_tokenizer_does() -> None:
@@ -245,6 +268,15 @@ def test_chat_template_that_forgets_earlier_answers() -> None:
         (
             "{{ raise_exception('no system turns') }}",
             "the tokenizer's chat template refuses it: no system turns",
+        ),
+        (
+            "{{ messages[0].content|dictsort }}",
+            "the tokenizer's chat template refuses it: 'str' object has no attribute 'items'",
+        ),
+        (
+            "{{ '\\ud800' }}",
+            "the tokenizer's chat template refuses it: 'utf-8' codec can't encode character '\\ud800' "
+            "in position 0: surrogates not allowed",
         ),
     ],
 )

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.template import Segment
+from raytune_ft.data.records import Conversation, Turn
+from raytune_ft.data.template import ChatTemplate, Segment, Template, TurnFormat, find_template
 from raytune_ft.data.tokenise import Tokenised, answer_start, ask, fit, prompt_ids, tokenise
 from raytune_ft.errors import DataError
 
@@ -54,9 +55,39 @@ def test_bos_comes_first_where_the_tokenizer_adds_it() -> None:
     assert prompt_ids(segments("<s> a"), words(bos=True)) == [1, 4]
 
 
-@pytest.mark.parametrize(("answer", "ids"), [("c", [6, 2]), ("c </s>", [6, 2]), ("c <|im_end|>", [6, 3])])
-def test_eos_is_not_repeated_and_an_end_of_turn_token_replaces_it(answer: str, ids: list[int]) -> None:
-    assert one(words(), "a", answer)[0] == [4, *ids]
+def test_eos_is_not_repeated() -> None:
+    assert one(words(), "a", "c")[0] == one(words(), "a", "c </s>")[0] == [4, 6, 2]
+
+
+MARKED = "{% for m in messages %}{{ m.content }} <|im_end|> {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (TurnFormat(user="{content}", end=" <|im_end|>"), [3]),
+        (TurnFormat(user="{content}", end=" a"), [4, 2]),
+        (TurnFormat(user="{content}", end="{eos}", eos=" </s>"), [2]),
+        (TurnFormat(user="{content}"), [2]),
+        (find_template("{{ messages[0].content }}", TINY), [2]),
+        (ChatTemplate(MARKED, {}), [3]),
+        (ChatTemplate(MARKED.replace("<|im_end|>", ""), {}), [2]),
+    ],
+)
+@pytest.mark.parametrize("answer", ["c", "c <|im_end|>"])
+def test_eos_ends_what_the_template_does_not(template: Template, ends: list[int], answer: str) -> None:
+    """A special token in the data is no end: the model would learn to go on after one, or not to stop."""
+    chat = Conversation((Turn("user", "a"), Turn("assistant", answer)), (answer,), "chat")
+    (found,) = tokenise([template.render(chat)], words())
+    assert found is not None
+    ids = found.input_ids
+    assert ids[ids.index(6) :] == [6, *([3] if answer != "c" else []), *ends]
+
+
+def test_eos_ends_raw_text() -> None:
+    (found,) = tokenise([(Segment("a <|im_end|>", learned=True),)], words())
+    assert found is not None
+    assert found.input_ids == [4, 3, 2]
 
 
 def test_unknown_word_does_not_end_a_turn() -> None:

@@ -93,7 +93,7 @@ PROBLEMS = [
     ),
     (
         ["publish.catalog=gs://x"],
-        "  publish.catalog = 'gs://x': scheme 'gs' is not supported; use a folder, file:// or s3://",
+        "  publish.catalog: scheme 'gs' is not supported; use a folder, file:// or s3://",
     ),
     (["publish.catalog=s3://${NOT_SET}"], "  publish.catalog: environment variable NOT_SET is not set"),
     (

@@ -1,8 +1,10 @@
 """The training core on tiny real models: packing, loss, engine, loop. No cluster."""
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import Diverged, ModelError
+from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
@@ -203,6 +207,24 @@ class TestEngine:
         train(resumed, steps[3:], start=3)
         assert all(torch.equal(p, resumed.parameters[n]) for n, p in whole.parameters.items())
 
+    def test_a_base_with_dropout_of_its_own_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+        def bank() -> BankEngine:
+            model = tiny.gpt2()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.1
+            return engine(model=model)
+
+        steps = some_steps(6)
+        whole, half, resumed = bank(), bank(), bank()
+        train(whole, steps)
+        train(half, steps[:3])
+        half.save(tmp_path)
+        torch.manual_seed(1234)
+        resumed.load(tmp_path)
+        train(resumed, steps[3:], start=3)
+        assert all(torch.equal(p, resumed.parameters[n]) for n, p in whole.parameters.items())
+
     @pytest.mark.parametrize(
         "how",
         [
@@ -266,6 +288,44 @@ class TestEngine:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+class TestLoading:
+    def test_missing_weights_are_refused(self, base: Path, tmp_path: Path) -> None:
+        holed = tmp_path / "holed"
+        shutil.copytree(base, holed)
+        tensors = load_file(holed / "model.safetensors")
+        tensors.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(tensors, holed / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"1 weights are missing, the first model.layers.1.mlp.up_proj"):
+            load_base(ModelSpec(path=str(holed)), device=CPU)
+
+    def test_a_broken_file_is_refused(self, base: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(base, broken)
+        weights = broken / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(ModelError, match=r"broken: the model does not load: "):
+            load_base(ModelSpec(path=str(broken)), device=CPU)
+
+
+class TestAnswers:
+    def ask(self, prompts: list[list[int]], **changes: Any) -> list[str]:
+        model = tiny.llama(positions=24)
+        for name, value in changes.items():
+            setattr(model.generation_config, name, value)
+        return answer(model, tiny.tokenizer(), prompts, end_ids=[], max_new_tokens=16, batch_sequences=3)
+
+    def test_a_batch_answers_as_each_prompt_alone(self) -> None:
+        prompts = [[5, 6, 7, 8], [9], [10, 11]]
+        assert self.ask(prompts) == [self.ask([prompt])[0] for prompt in prompts]
+
+    def test_settings_of_the_base_do_not_count(self) -> None:
+        assert self.ask([[5, 6, 7]]) == self.ask([[5, 6, 7]], repetition_penalty=5.0, no_repeat_ngram_size=1)
+
+    def test_an_answer_ends_at_the_last_position(self) -> None:
+        assert self.ask([list(range(3, 27))]) == [""]
+        assert len(self.ask([list(range(3, 23))])) == 1
 
 
 class TestQuantised:

@@ -1,0 +1,121 @@
+"""A run's identity and state: what goes on, what begins anew, what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.errors import DataError, ModelError
+from raytune_ft.spec import JobSpec, parse_job
+from raytune_ft.storage import FolderStorage
+from raytune_ft.train.run import Run
+
+
+def job(tmp_path: Path, **sections: Any) -> JobSpec:
+    return parse_job(
+        {
+            "name": "j",
+            "model": {"path": "base"},
+            "data": {"sources": [{"uri": "d.jsonl"}]},
+            "publish": {"catalog": str(tmp_path)},
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "same"),
+    [
+        ({"evaluate": {"metrics": []}}, True),
+        ({"checkpoint": {"every_steps": 3}}, True),
+        ({"cluster": {"max_restarts": 9}}, True),
+        ({"method": {"rank": 3}}, False),
+        ({"schedule": {"steps": 3}}, False),
+        ({"optimizer": {"learning_rate": 1.0}}, False),
+        ({"batch": {"sequences": 4}}, False),
+        ({"model": {"path": "other"}}, False),
+    ],
+)
+def test_the_id_covers_what_training_depends_on(tmp_path: Path, sections: dict[str, Any], same: bool) -> None:
+    assert (Run(job(tmp_path)).id == Run(job(tmp_path, **sections)).id) is same
+
+
+def test_the_same_command_goes_on_with_the_same_attempt(tmp_path: Path) -> None:
+    run = Run(job(tmp_path))
+    state = run.begin("data", "base")
+    assert run.begin("data", "base") == state
+    other = job(tmp_path, evaluate={"metrics": []})
+    assert state.publish_id(run.job) != state.publish_id(other)
+
+
+@pytest.mark.parametrize(
+    ("data", "base", "error", "message"),
+    [
+        (
+            "new",
+            "base",
+            DataError,
+            r"^j: the data changed .*fingerprint data then, new now.; ",
+        ),
+        ("data", "new", ModelError, r"^j: base changed since this run began .base then, new now.; "),
+    ],
+)
+def test_changed_inputs_stop_an_unfinished_run(
+    tmp_path: Path, data: str, base: str, error: type[Exception], message: str
+) -> None:
+    run = Run(job(tmp_path))
+    state = run.begin("data", "base")
+    with pytest.raises(error, match=message):
+        run.begin(data, base)
+    assert run.begin("data", "base") == state, "a refusal loses nothing"
+
+
+def test_changed_inputs_begin_anew_after_a_finished_run(tmp_path: Path) -> None:
+    run = Run(job(tmp_path))
+    state = run.begin("data", "base")
+    run.finish({"version": 1}, "inputs")
+    assert run.finished("inputs") == {"version": 1}
+    assert run.finished("others") is None
+    assert Run(job(tmp_path, evaluate={"metrics": []})).finished("inputs") is None
+    assert run.begin("new", "base").attempt != state.attempt
+    assert run.finished("inputs") is None
+
+
+@pytest.mark.parametrize("deletions", range(3))
+def test_a_restart_that_was_interrupted_anywhere_restarts(
+    tmp_path: Path, deletions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(job(tmp_path))
+    before = run.begin("data", "base")
+    run.storage.write("checkpoint_1/position.json", b"{}")
+    run.finish({"version": 1}, "inputs")
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStorage, "delete", failing_after(FolderStorage.delete, deletions))
+        with pytest.raises(KeyboardInterrupt):
+            run.clear()
+    again = Run(job(tmp_path))
+    if deletions == 0:
+        assert again.finished("inputs") == {"version": 1}, "nothing was deleted yet"
+        return
+    assert again.finished("inputs") is None
+    after = again.begin("data", "base")
+    if deletions == 1:
+        assert after == before, "only the result was forgotten"
+    else:
+        assert after.attempt != before.attempt
+        assert [found.key for found in again.storage.list()] == ["run.json"], "no old checkpoint is left"
+
+
+def failing_after(
+    delete: Callable[[FolderStorage, str], None], count: int
+) -> Callable[[FolderStorage, str], None]:
+    """`delete`, until it was called `count` times."""
+    calls = iter(range(count))
+
+    def limited(storage: FolderStorage, key: str) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        delete(storage, key)
+
+    return limited
