@@ -33,6 +33,10 @@ chaos: install
 	tests/ceph/install.sh
 	$(BIN)/pytest -m chaos
 
+# Rewrites the losses that tests/unit/test_golden.py compares with; review the diff.
+golden: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/golden/losses.py --write
+
 demo: install
 	jobs/demo/run.sh $(BIN)
 

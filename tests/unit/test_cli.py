@@ -1,0 +1,333 @@
+"""The command line as a program: exit codes, what goes to which stream, and how light it starts."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import stores
+import tiny
+import yaml
+
+from raytune_ft.catalog import BaseModelRef, Catalog
+from raytune_ft.cli import main
+from raytune_ft.methods.lora import add_lora, save_lora
+from raytune_ft.models import base_digest
+from raytune_ft.spec import JobSpec, LoraSpec, parse_job
+
+COMMANDS = [
+    (),
+    ("train",),
+    ("data",),
+    ("schema",),
+    ("generate",),
+    ("catalog",),
+    ("catalog", "ls"),
+    ("catalog", "show"),
+    ("catalog", "pull"),
+]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `raytune-ft` with the given arguments in this process."""
+
+    def run_main(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["raytune-ft", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        # None is how a program says that all is well.
+        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def job_file(base: Path, tmp_path: Path) -> Path:
+    """A job that could be run."""
+    records = [{"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    values = {
+        "name": "plus-one",
+        "model": {"path": str(base), "weight_bits": 32},
+        "data": {"sources": [{"uri": str(tmp_path / "data.jsonl")}], "max_tokens": 64},
+        "publish": {"catalog": str(tmp_path / "catalog")},
+    }
+    path = tmp_path / "plus-one.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def catalog(base: Path, job_file: Path, tmp_path: Path) -> str:
+    """A catalog with one adapter of `base`, as an untrained job would publish it; its uri."""
+    job = parse_job(yaml.safe_load(job_file.read_text()))
+    model = tiny.llama()
+    add_lora(model, LoraSpec(), seed=0)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_lora(model, LoraSpec(), folder, str(base))
+    draft = stores.draft(
+        adapter="plus-one",
+        base=BaseModelRef(path=str(base), digest=base_digest(base)),
+        job=job.resolved(),
+        data={"templates": ["plain"]},
+    )
+    files = {file.name: file for file in folder.iterdir()}
+    Catalog.at(job.publish.catalog).publish(draft, files, publish_id="test")
+    return job.publish.catalog
+
+
+class TestBadInput:
+    """Exit code 2, one message on standard error, and nothing on standard output."""
+
+    @pytest.mark.parametrize("command", ["train", "data"])
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["{folder}/none.yaml"], "{folder}/none.yaml: no such file"),
+            (["{folder}"], "{folder}: is a folder; name a job file"),
+            (
+                ["{job}", "--set", "method.ranks=8"],
+                "{job} has 1 problem:\n  method.ranks: no such field; did you mean method.rank?",
+            ),
+            (
+                ["{job}", "--set", "method.rank=x", "--set", "model.weight_bits=5"],
+                "{job} has 2 problems:\n  model.weight_bits = 5: must be 4, 8, 16 or 32\n"
+                "  method.rank = 'x': must be a valid integer, unable to parse string as an integer",
+            ),
+            (
+                ["{job}", "--set", "method.rank"],
+                "--set method.rank: write key=value, such as --set method.rank=8",
+            ),
+            (["{job}", "--set", "name.x=1"], "--set name.x=1: name is 'plus-one', not a section"),
+        ],
+    )
+    def test_of_a_job_file(
+        self, run: Run, job_file: Path, command: str, arguments: list[str], message: str
+    ) -> None:
+        names = {"job": job_file, "folder": job_file.parent}
+        ended = run(command, *(argument.format(**names) for argument in arguments))
+        assert ended == Ended(2, "", f"raytune-ft: {message.format(**names)}\n")
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("model.path={folder}/none", "model.path = {folder}/none: no such folder, and not a Hub id"),
+            (
+                "model.path={folder}",
+                "model.path = {folder}: no config.json; name the folder that holds the model's files",
+            ),
+            (
+                "data.sources.0.uri={folder}/none.jsonl",
+                "data.sources[0].uri = {folder}/none.jsonl: no such file, and no folder or glob with files",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["train", "data"])
+    def test_found_before_any_work(
+        self, run: Run, job_file: Path, tmp_path: Path, command: str, override: str, message: str
+    ) -> None:
+        output = ["--output", tmp_path / "out"] if command == "train" else []
+        ended = run(command, job_file, "--json", "--set", override.format(folder=tmp_path), *output)
+        assert (ended.code, ended.out) == (2, "")
+        # What the job does goes to standard error, since standard output is a program's to read.
+        *progress, last = ended.err.splitlines()
+        assert last == f"raytune-ft: {message.format(folder=tmp_path)}"
+        assert len(progress) == (1 if command == "train" else 0)
+        assert not (tmp_path / "out").exists()
+
+    def test_max_tokens_above_the_positions(self, run: Run, base: Path, job_file: Path) -> None:
+        ended = run("train", job_file, "--set", "data.max_tokens=512")
+        message = (
+            f"data.max_tokens = 512 is above the 256 positions of {base}; set data.max_tokens: 256 or less"
+        )
+        assert (ended.code, ended.err) == (2, f"raytune-ft: {message}\n")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["catalog", "show", "nope"], "{catalog}: no adapter nope; it holds plus-one"),
+            (["catalog", "pull", "nope@v1"], "{catalog}: no adapter nope; it holds plus-one"),
+            (["generate", "1 + 1 = ", "--adapter", "nope"], "{catalog}: no adapter nope; it holds plus-one"),
+            (
+                ["generate", "1 + 1 = ", "--adapter", "plus-one@v7"],
+                "{catalog}: plus-one has no version v7; it has v1",
+            ),
+            (
+                ["generate", "1 + 1 = ", "--adapter", "plus-one@best"],
+                "{catalog}: plus-one has no alias best; it has none",
+            ),
+        ],
+    )
+    def test_what_the_catalog_does_not_hold(
+        self, run: Run, catalog: str, arguments: list[str], message: str
+    ) -> None:
+        ended = run(*arguments, "--catalog", catalog)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err == f"raytune-ft: {message.format(catalog=catalog)}\n"
+
+    def test_a_base_that_was_replaced(self, run: Run, catalog: str, base: Path) -> None:
+        (kept := base / "config.json").rename(base / "kept")
+        kept.write_text((base / "kept").read_text().replace("1e-06", "1e-05"))
+        ended = run("generate", "1 + 1 = ", "--adapter", "plus-one", "--catalog", catalog)
+        (base / "kept").rename(kept)
+        message = (
+            f"plus-one@v1 was trained on another base than {base} holds now; "
+            "put that base back, or train again"
+        )
+        assert ended == Ended(2, "", f"raytune-ft: {message}\n")
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["bogus"], "No such command 'bogus'."),
+            (["catalog", "bogus"], "No such command 'bogus'."),
+            (["train"], "Missing argument 'JOB.yaml'."),
+            (["train", "a.yaml", "b.yaml"], "Got unexpected extra argument (b.yaml)"),
+            (["train", "a.yaml", "--nope"], "No such option: --nope"),
+            (["catalog", "ls"], "Missing option '--catalog' (env var: 'RAYTUNE_CATALOG')."),
+            (["catalog", "show", "--catalog", "x"], "Missing argument 'NAME[@ALIAS|@vN]'."),
+            (["generate", "hello", "--catalog", "x"], "Missing option '--adapter'."),
+            (
+                ["generate", "hello", "--catalog", "x", "--adapter", "y", "--max-new-tokens", "0"],
+                "Invalid value for '--max-new-tokens': 0 is not in the range x>=1.",
+            ),
+        ],
+    )
+    def test_usage(self, run: Run, arguments: list[str], complaint: str) -> None:
+        assert run(*arguments) == Ended(2, "", f"raytune-ft: {complaint} See raytune-ft --help.\n")
+
+    def test_data_without_a_job_file(self, run: Run) -> None:
+        message = "raytune-ft: raytune-ft data: name a job file, or ask for --templates\n"
+        assert run("data") == Ended(2, "", message)
+
+
+class TestStorageTrouble:
+    """Exit code 4."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["catalog", "ls"],
+            ["catalog", "show", "plus-one"],
+            ["catalog", "pull", "plus-one"],
+            ["generate", "1 + 1 = ", "--adapter", "plus-one"],
+        ],
+        ids=" ".join,
+    )
+    def test_a_catalog_that_cannot_be_read(self, run: Run, tmp_path: Path, arguments: list[str]) -> None:
+        (tmp_path / "file").touch()
+        ended = run(*arguments, "--catalog", tmp_path / "file")
+        assert (ended.code, ended.out) == (4, "")
+        (line,) = ended.err.splitlines()
+        assert line.startswith(f"raytune-ft: {tmp_path / 'file'}")
+
+    def test_a_catalog_that_cannot_be_written(self, run: Run, job_file: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        ended = run("train", job_file, "--set", f"publish.catalog={tmp_path / 'file'}")
+        assert ended.code == 4
+        (line,) = ended.err.splitlines()
+        assert line.startswith(f"raytune-ft: {tmp_path / 'file'}")
+
+
+class TestDone:
+    """Exit code 0, and nothing on standard error."""
+
+    def test_schema(self, run: Run, job_file: Path) -> None:
+        ended = run("schema")
+        assert (ended.code, ended.err) == (0, "")
+        schema = json.loads(ended.out)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert schema == JobSpec.model_json_schema()
+        jsonschema.validate(yaml.safe_load(job_file.read_text()), schema)
+
+    @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "raytune-ft")
+    def test_help(self, run: Run, command: tuple[str, ...]) -> None:
+        ended = run(*command, "--help")
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out.startswith(("Usage: raytune-ft", "\n Usage: raytune-ft"))
+        if not command:
+            assert {found[0] for found in COMMANDS if found} <= set(ended.out.split())
+
+    @pytest.mark.parametrize(
+        ("arguments", "keys"),
+        [
+            (["data", "{job}"], {"counts", "bad", "examples"}),
+            (["catalog", "show", "plus-one", "--catalog", "{catalog}"], {"adapter", "version", "files"}),
+            (
+                ["catalog", "pull", "plus-one", "--catalog", "{catalog}", "--to", "{folder}/to"],
+                {"adapter", "version", "to"},
+            ),
+            (
+                ["generate", "1 + 1 = ", "--adapter", "plus-one", "--catalog", "{catalog}"],
+                {"adapter", "prompt", "answer"},
+            ),
+        ],
+    )
+    def test_json_is_one_line(
+        self, run: Run, job_file: Path, catalog: str, arguments: list[str], keys: set[str]
+    ) -> None:
+        names = {"job": job_file, "catalog": catalog, "folder": job_file.parent}
+        ended = run(*(argument.format(**names) for argument in arguments), "--json")
+        assert (ended.code, ended.err) == (0, "")
+        (line,) = ended.out.splitlines()
+        assert keys <= set(json.loads(line))
+
+    def test_a_list_of_adapters_is_one_line(self, run: Run, catalog: str) -> None:
+        (line,) = run("catalog", "ls", "--catalog", catalog, "--json").out.splitlines()
+        assert [entry["adapter"] for entry in json.loads(line)] == ["plus-one"]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`raytune-ft` in a process of its own, as it is installed."""
+    return python(str(Path(sys.executable).with_name("raytune-ft")), *map(str, arguments))
+
+
+def test_start_up_loads_nothing_heavy() -> None:
+    """A cluster's head, an editor's schema and an orchestrator's task must not wait for torch."""
+    loaded = python("-c", "import raytune_ft.cli.main, sys; print(*sys.modules)").stdout.split()
+    assert "raytune_ft.spec" in loaded
+    assert not {"torch", "ray", "transformers", "boto3", "pyarrow", "jinja2"} & set(loaded)
+
+
+def test_the_installed_program_answers(catalog: str) -> None:
+    """Whole process: whatever a library prints while it is imported would stand here too."""
+    ended = program("generate", "1 + 1 = ", "--adapter", "plus-one", "--catalog", catalog, "--json")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    answer: dict[str, Any] = json.loads(ended.stdout)
+    assert ended.stdout.count("\n") == 1
+    assert answer["prompt"] == "1 + 1 = "
+
+
+def test_the_installed_program_refuses(tmp_path: Path) -> None:
+    ended = program("train", tmp_path / "none.yaml")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"raytune-ft: {tmp_path / 'none.yaml'}: no such file\n"
