@@ -202,24 +202,29 @@ class TestBadInput:
         assert ended == Ended(2, "", f"raytune-ft: {message}\n")
 
     @pytest.mark.parametrize(
-        ("arguments", "complaint"),
+        ("arguments", "named"),
         [
-            (["bogus"], "No such command 'bogus'."),
-            (["catalog", "bogus"], "No such command 'bogus'."),
-            (["train"], "Missing argument 'JOB.yaml'."),
-            (["train", "a.yaml", "b.yaml"], "Got unexpected extra argument (b.yaml)"),
-            (["train", "a.yaml", "--nope"], "No such option: --nope"),
-            (["catalog", "ls"], "Missing option '--catalog' (env var: 'RAYTUNE_CATALOG')."),
-            (["catalog", "show", "--catalog", "x"], "Missing argument 'NAME[@ALIAS|@vN]'."),
-            (["generate", "hello", "--catalog", "x"], "Missing option '--adapter'."),
+            (["bogus"], "'bogus'"),
+            (["catalog", "bogus"], "'bogus'"),
+            (["train"], "'JOB.yaml'"),
+            (["train", "a.yaml", "b.yaml"], "b.yaml"),
+            (["train", "a.yaml", "--nope"], "--nope"),
+            (["catalog", "ls"], "'--catalog' (env var: 'RAYTUNE_CATALOG')"),
+            (["catalog", "show", "--catalog", "x"], "'NAME[@ALIAS|@vN]'"),
+            (["generate", "hello", "--catalog", "x"], "'--adapter'"),
             (
                 ["generate", "hello", "--catalog", "x", "--adapter", "y", "--max-new-tokens", "0"],
-                "Invalid value for '--max-new-tokens': 0 is not in the range x>=1.",
+                "'--max-new-tokens'",
             ),
         ],
     )
-    def test_usage(self, run: Run, arguments: list[str], complaint: str) -> None:
-        assert run(*arguments) == Ended(2, "", f"raytune-ft: {complaint} See raytune-ft --help.\n")
+    def test_usage(self, run: Run, arguments: list[str], named: str) -> None:
+        ended = run(*arguments)
+        assert (ended.code, ended.out) == (2, "")
+        (line,) = ended.err.splitlines()
+        assert line.startswith("raytune-ft: ")
+        assert line.endswith(" See raytune-ft --help.")
+        assert named in line
 
     def test_data_without_a_job_file(self, run: Run) -> None:
         message = "raytune-ft: raytune-ft data: name a job file, or ask for --templates\n"

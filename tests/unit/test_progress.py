@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def _plain() -> tuple[Console, StringIO]:
     file = StringIO()
-    return Console(file=file, force_terminal=False, width=60), file
+    return Console(file=file, force_terminal=False, width=80), file
 
 
 def _step(step: int, **more: Any) -> dict[str, Any]:
@@ -64,6 +64,7 @@ def test_each_phase_has_one_plain_line(clock: Clock) -> None:
         "Training",
         "Scores after",
         "Publishing",
+        "Nothing to do: this job was done on this data; --restart trains again",
         "something new",
     ]
 

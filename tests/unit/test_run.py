@@ -1,6 +1,7 @@
 """A run's identity and state: what goes on, what begins anew, what is refused."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.storage import FolderStorage
-from raytune_ft.train.run import Run
+from raytune_ft.train.run import Run, digest
 
 
 def job(tmp_path: Path, **sections: Any) -> JobSpec:
@@ -35,6 +36,8 @@ def job(tmp_path: Path, **sections: Any) -> JobSpec:
         ({"optimizer": {"learning_rate": 1.0}}, False),
         ({"batch": {"sequences": 4}}, False),
         ({"model": {"path": "other"}}, False),
+        ({"model": {"path": "base", "weight_bits": 8}}, False),
+        ({"data": {"sources": [{"uri": "d.jsonl"}], "seed": 1}}, False),
     ],
 )
 def test_the_id_covers_what_training_depends_on(tmp_path: Path, sections: dict[str, Any], same: bool) -> None:
@@ -53,12 +56,19 @@ def test_the_same_command_goes_on_with_the_same_attempt(tmp_path: Path) -> None:
     ("data", "base", "error", "message"),
     [
         (
-            "new",
+            "0123456789abcdef",
             "base",
             DataError,
-            r"^j: the data changed .*fingerprint data then, new now.; ",
+            "j: the data changed since this run began (fingerprint data then, 0123456789ab now); "
+            "put the old data back, or start over with --restart",
         ),
-        ("data", "new", ModelError, r"^j: base changed since this run began .base then, new now.; "),
+        (
+            "data",
+            "0123456789abcdef",
+            ModelError,
+            "j: base changed since this run began (base then, 0123456789ab now); "
+            "put the old base back, or start over with --restart",
+        ),
     ],
 )
 def test_changed_inputs_stop_an_unfinished_run(
@@ -66,9 +76,29 @@ def test_changed_inputs_stop_an_unfinished_run(
 ) -> None:
     run = Run(job(tmp_path))
     state = run.begin("data", "base")
-    with pytest.raises(error, match=message):
+    with pytest.raises(error) as caught:
         run.begin(data, base)
+    assert str(caught.value) == message
     assert run.begin("data", "base") == state, "a refusal loses nothing"
+
+
+def test_of_several_that_begin_at_once_all_have_one_attempt(tmp_path: Path) -> None:
+    runs = [Run(job(tmp_path)) for _ in range(8)]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        states = set(threads.map(lambda run: run.begin("data", "base"), runs))
+    assert len(states) == 1
+
+
+def test_the_folder_is_that_of_the_job_in_its_catalog(tmp_path: Path) -> None:
+    run = Run(job(tmp_path))
+    assert run.storage.uri == f"{run.parent_uri}/{run.id}" == str(tmp_path / "runs" / "j" / run.id)
+    other = Run(job(tmp_path, name="k"))
+    assert (other.id, other.storage.uri == run.storage.uri) == (run.id, False)
+
+
+def test_a_digest_knows_values_not_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": [2, {"c": 3, "d": 4}]}) == digest({"b": [2, {"d": 4, "c": 3}], "a": 1})
+    assert digest([1, 2]) != digest([2, 1])
 
 
 def test_changed_inputs_begin_anew_after_a_finished_run(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What a checkpoint says of itself, and when it is not the one that is looked for."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from raytune_ft.errors import DataError, ModelError
+from raytune_ft.methods.lora import add_lora
+from raytune_ft.planner import Choice, MemoryPlan
+from raytune_ft.spec import LoraSpec, OptimizerSpec
+from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.checkpoint import SCHEMA_VERSION, Position, read_position, write_checkpoint
+
+POSITION = Position(
+    step=3,
+    data_fingerprint="data",
+    base_digest="base",
+    choice=Choice("dequantised", 4096, MemoryPlan(1, 2, 3, 4, 5)),
+    threads=2,
+    history=[{"step": 1, "loss": 2.5}, {"step": 2, "loss": 0.1 + 0.2}, {"step": 3, "loss": 1e-17}],
+    before={"scores": {"exact_match": 0.5}, "answers": ["é", ""]},
+)
+
+
+def engine(rank: int = 4, seed: int = 0) -> BankEngine:
+    base = tiny.llama()
+    base.requires_grad_(False)
+    return BankEngine(base, add_lora(base, LoraSpec(rank=rank), seed), OptimizerSpec())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path, engine(), POSITION)
+    return tmp_path
+
+
+def test_what_is_written_is_read(checkpoint: Path) -> None:
+    assert read_position(checkpoint, data_fingerprint="data", base_digest="base") == POSITION
+    other = engine(seed=1)
+    other.load(checkpoint)
+    for name, parameter in engine().parameters.items():
+        assert torch.equal(parameter, other.parameters[name])
+
+
+def test_the_bare_start_is_a_position_too(tmp_path: Path) -> None:
+    start = replace(POSITION, step=0, history=[], before=None)
+    write_checkpoint(tmp_path, engine(), start)
+    assert read_position(tmp_path, data_fingerprint="data", base_digest="base") == start
+
+
+@pytest.mark.parametrize(
+    ("data", "base", "error", "message"),
+    [
+        (
+            "new",
+            "base",
+            DataError,
+            "the data changed since the checkpoint was written; --restart starts over",
+        ),
+        (
+            "data",
+            "new",
+            ModelError,
+            "the base model changed since the checkpoint was written; --restart starts over",
+        ),
+    ],
+)
+def test_other_inputs(checkpoint: Path, data: str, base: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        read_position(checkpoint, data_fingerprint=data, base_digest=base)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("version", [None, SCHEMA_VERSION + 1, str(SCHEMA_VERSION)])
+def test_another_version_is_refused_whatever_else_stands_there(checkpoint: Path, version: object) -> None:
+    path = checkpoint / "position.json"
+    path.write_text(json.dumps({"schema_version": version, "a field of its own": 1}))
+    with pytest.raises(ModelError) as caught:
+        read_position(checkpoint, data_fingerprint="data", base_digest="base")
+    assert str(caught.value) == (
+        f"the checkpoint has schema version {version}, and this program reads {SCHEMA_VERSION}; "
+        "--restart starts over"
+    )
+
+
+def test_another_method(checkpoint: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        engine(rank=8).load(checkpoint)
+    assert str(caught.value) == "the checkpoint is of another model or method; --restart starts over"
