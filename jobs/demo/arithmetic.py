@@ -146,6 +146,7 @@ def write_model(folder: Path, seed: int) -> None:
     """Write a Llama with random weights, its configuration and its tokenizer; loads with `AutoModel…`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
@@ -163,6 +164,7 @@ def write_model(folder: Path, seed: int) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

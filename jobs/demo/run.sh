@@ -11,7 +11,8 @@ step() { printf '\n\033[1m%s\033[0m\n' "$1"; }
 
 rm -rf "$DEMO"
 step "1 of 4: arithmetic in words, and a model with random weights"
-"$bin/python" jobs/demo/arithmetic.py --to "$DEMO"
+# DeepSpeed, which transformers loads to save a model, would print which device it found.
+DS_ACCELERATOR=cpu "$bin/python" jobs/demo/arithmetic.py --to "$DEMO"
 step "2 of 4: train every weight of the base on adding, copying and comparing"
 "$raytune_ft" train jobs/demo/base.yaml --output "$DEMO/runs/base"
 "$raytune_ft" catalog pull demo-base --catalog "$DEMO/catalog" --to "$DEMO/base"

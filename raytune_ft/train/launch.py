@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -185,7 +186,7 @@ def _run_worker(
     try:
         with _Follower(assignment.channel, output / "tensorboard", on_event) as follower:
             returned = _fit(trainer, follower.take).return_value
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise TrainingError(
             f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
             f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
