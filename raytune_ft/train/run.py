@@ -52,8 +52,13 @@ class Run:
         """
         self.storage.delete(_RESULT_FILE)
         self.storage.delete(_STATE_FILE)
+        self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
         for found in list(self.storage.list()):
-            self.storage.delete(found.key)
+            # The state may be that of somebody who began in this moment.
+            if found.key != _STATE_FILE:
+                self.storage.delete(found.key)
 
     def finished(self, inputs: str) -> dict[str, Any] | None:
         """The result, where this very job has been done on these very inputs.
@@ -89,7 +94,9 @@ class Run:
                 return state
             if self.storage.info(_RESULT_FILE) is None:
                 self._refuse(state, data_fingerprint, base_identity)
-        self.clear()
+            self.clear()
+        else:
+            self._clear_leftovers()
         state = RunState(1, uuid.uuid4().hex[:16], data_fingerprint, base_identity)
         if self.storage.write_once(_STATE_FILE, json.dumps(asdict(state)).encode()):
             return state
