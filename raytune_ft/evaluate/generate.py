@@ -1,7 +1,8 @@
 """Batched greedy answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,9 +46,13 @@ def answer(
     )
     answers = [""] * len(prompts)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def room(index: int) -> int:
+        left = max_new_tokens if positions is None else positions - len(prompts[index])
+        return max(0, min(max_new_tokens, left))
+
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_sequences):
-        chosen = order[start : start + batch_sequences]
+    for chosen, new_tokens in _batches(order, room, batch_sequences):
         width = max(len(prompts[index]) for index in chosen)
         ids_BT = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
@@ -55,11 +60,7 @@ def answer(
             prompt = torch.as_tensor(prompts[index], dtype=torch.long)
             ids_BT[row, width - len(prompt) :] = prompt
             mask_BT[row, width - len(prompt) :] = 1
-        settings.max_new_tokens = (
-            max_new_tokens if positions is None else min(max_new_tokens, positions - width)
-        )
-        if settings.max_new_tokens <= 0:
-            continue  # The prompt takes all positions: there is no room for an answer.
+        settings.max_new_tokens = new_tokens
         with _no_settings_of_its_own(model):
             out_BT = model.generate(
                 input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
@@ -68,6 +69,20 @@ def answer(
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text.strip()
     return answers
+
+
+def _batches(
+    order: Sequence[int], room: Callable[[int], int], size: int
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Prompts that are answered at once, with the length of their answers.
+
+    A prompt that nearly fills the positions would cut the answers of those beside it short, so only prompts
+    with equal room share a batch. Those without any stay unanswered.
+    """
+    for new_tokens, group in groupby(order, key=room):
+        alike = list(group) if new_tokens else []
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size], new_tokens
 
 
 @contextmanager

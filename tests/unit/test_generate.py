@@ -77,6 +77,14 @@ class TestBatches:
         assert len(set(alone)) > 1
         assert answers(model, asked, batch_sequences=batch_sequences) == alone
 
+    def test_a_long_neighbour_does_not_cut_an_answer_short(self, build: type[PreTrainedModel]) -> None:
+        model = build()
+        asked = prompts(4, 250, 5, 256, 245, 300)
+        alone = [answers(model, [prompt])[0] for prompt in asked]
+        assert answers(model, asked) == alone
+        assert alone[0]
+        assert alone[3] == alone[5] == ""
+
     def test_each_token_is_the_likeliest(self, build: type[PreTrainedModel]) -> None:
         model = build()
         (prompt,) = prompts(6)

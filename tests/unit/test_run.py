@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import WrappedStorage
 
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.storage import FolderStorage
-from raytune_ft.train.run import Run, digest
+from raytune_ft.train.run import Run, RunState, digest
 
 
 def job(tmp_path: Path, **sections: Any) -> JobSpec:
@@ -87,6 +88,26 @@ def test_of_several_that_begin_at_once_all_have_one_attempt(tmp_path: Path) -> N
     with ThreadPoolExecutor(len(runs)) as threads:
         states = set(threads.map(lambda run: run.begin("data", "base"), runs))
     assert len(states) == 1
+
+
+class LateStorage(WrappedStorage):
+    """Somebody else begins between our look and our first write."""
+
+    def __init__(self, rival: Run) -> None:
+        super().__init__(rival.storage)
+        self.rival = rival
+        self.states: list[RunState] = []
+
+    def read_or_none(self, key: str) -> bytes | None:
+        found = super().read_or_none(key)
+        self.states.append(self.rival.begin("data", "base"))
+        return found
+
+
+def test_two_that_begin_at_once_have_one_attempt(tmp_path: Path) -> None:
+    ours = Run(job(tmp_path))
+    ours.storage = late = LateStorage(Run(job(tmp_path)))
+    assert [ours.begin("data", "base")] == late.states
 
 
 def test_the_folder_is_that_of_the_job_in_its_catalog(tmp_path: Path) -> None:
