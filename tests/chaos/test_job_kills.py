@@ -50,7 +50,7 @@ def start(job: Path) -> subprocess.Popen[str]:
     program = Path(sys.executable).parent / "raytune-ft"
     command = [program, "train", str(job), "--json", "--output", str(job.parent / "out")]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, env=os.environ
     )
 
 
