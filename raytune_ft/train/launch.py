@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import ray
 import ray.exceptions
@@ -35,9 +35,7 @@ from raytune_ft.train.assignment import Assignment, Outcome, train_worker
 from raytune_ft.train.progress import Event, EventReader
 from raytune_ft.train.run import Run, RunState, digest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+_QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 5.0
 OnEvent = Callable[[Event], None]
@@ -79,7 +77,7 @@ def train(
         tokenizer = pool.submit(load_tokenizer, job.model)
         with ray_session():
             on_event({"phase": "data"})
-            data = _pass_data(job, output, tokenizer.result())
+            data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result())
             state = run.begin(data.fingerprint, base)
             on_event({"phase": "start"})
             outcome = _run_worker(job, run, state, data, output, on_event)
@@ -97,13 +95,8 @@ def _prepare_output(job: JobSpec, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         # The worker sends the whole history of a run that goes on.
         shutil.rmtree(output / "tensorboard", ignore_errors=True)
+        (output / _QUARANTINE_FILE).unlink(missing_ok=True)
         (output / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
-
-
-def _pass_data(job: JobSpec, output: Path, tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
-    quarantine = output / "quarantine.jsonl"
-    quarantine.unlink(missing_ok=True)
-    return prepare(job, quarantine, tokenizer=tokenizer)
 
 
 @contextmanager
