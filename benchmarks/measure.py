@@ -25,6 +25,14 @@ class Measurement:
     """The highest PSS of a single process."""
     stdout: str
 
+    def figures(self) -> dict[str, float]:
+        """What was measured, as plain values."""
+        return {
+            "process_seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "largest_bytes": self.largest_bytes,
+        }
+
 
 def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> Measurement:
     """Run to the end and measure.

@@ -1,14 +1,30 @@
 #!/usr/bin/env bash
-# All benchmarks. TRL gets an environment of its own, made on the first run. Usage: benchmarks/run.sh VENV_BIN
+# All benchmarks. The peers get environments of their own, made on the first run. Usage: benchmarks/run.sh VENV_BIN
+# Writes the tables of docs/benchmarks.md, and all figures as JSON into runs/benchmarks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath -s "$1")
-peer=.venv-peer
+peer=.venv-peer streaming=.venv-streaming
+
 if [ ! -f "$peer/.installed" ]; then
     python3 -m venv "$peer"
     "$peer/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
     "$peer/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt \
-        trl==1.16.0 peft bitsandbytes transformers accelerate datasets
+        trl==1.16.0 peft bitsandbytes transformers accelerate datasets==5.2.0
     touch "$peer/.installed"
 fi
-"$bin/python" benchmarks/job_vs_trl.py --peer-python "$PWD/$peer/bin/python" --write docs/benchmarks.md
+# It refuses this project's numpy and tokenizers.
+if [ ! -f "$streaming/.installed" ]; then
+    python3 -m venv "$streaming"
+    "$streaming/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
+    "$streaming/bin/pip" install --quiet --disable-pip-version-check \
+        torch==2.13.0 mosaicml-streaming==0.13.0 tokenizers==0.22.2
+    touch "$streaming/.installed"
+fi
+
+write=(--write docs/benchmarks.md --results runs/benchmarks)
+peer_python=(--peer-python "$PWD/$peer/bin/python")
+"$bin/python" benchmarks/data_throughput.py "${peer_python[@]}" \
+    --streaming-python "$PWD/$streaming/bin/python" "${write[@]}"
+"$bin/python" benchmarks/data_stream.py "${write[@]}"
+"$bin/python" benchmarks/job_vs_trl.py "${peer_python[@]}" --repeats 2 "${write[@]}"

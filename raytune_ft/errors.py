@@ -62,6 +62,10 @@ class StorageMissing(StorageError):
     """No such object, bucket or folder."""
 
 
+class StorageChanged(StorageError):
+    """The object is not the version that was asked for."""
+
+
 class StorageDenied(StorageError):
     """The store refused the credentials."""
 

@@ -12,6 +12,8 @@ import yaml
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
 
+_MOST_SOURCE_CHARTS = 8
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -23,7 +25,8 @@ class RunReport:
     result: dict[str, Any]
     """The fields of the JSON line that `raytune-ft train --json` prints."""
     history: list[dict[str, Any]]
-    """One entry per step: step, loss, learning_rate, grad_norm, tokens, seconds, perhaps validation_loss."""
+    """One entry per step: step, loss, learning_rate, grad_norm, tokens, seconds, perhaps validation_loss and
+    source_losses: means of each source since the entry before that has them, None where it had no token."""
     scores_before: dict[str, float] | None
     scores_after: dict[str, float] | None
     samples: list[dict[str, Any]]
@@ -32,6 +35,23 @@ class RunReport:
     """`{"sources": [{"uri": …, "records": …}, …], "total": {…}}`."""
     machine: dict[str, str]
     versions: dict[str, str]
+    task_epochs: Sequence[float] = ()
+    """How often an epoch passes over each source; empty where that is not known."""
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One of several sources; figures that are not known are '–'."""
+
+    uri: str
+    weight: str
+    examples: str
+    """In the training split."""
+    tokens: str
+    passes: str
+    """Per epoch."""
+    loss: str
+    """The last mean."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,8 @@ def write_report(report: RunReport, path: Path) -> None:
         headline=headline(report),
         loss=chart("Loss", report.history, "loss", dots="validation_loss"),
         small_charts=_small_charts(report.history),
+        sources=source_rows(report),
+        source_charts=_source_charts(report),
         scores=score_rows(report.scores_before or {}, report.scores_after or {}),
         samples=[_judged(sample) for sample in report.samples],
         job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
@@ -128,6 +150,26 @@ def headline(report: RunReport) -> list[tuple[str, str, str]]:
     return figures
 
 
+def source_rows(report: RunReport) -> list[SourceRow]:
+    """A row for each source, where there are several: a single source's loss is the run's."""
+    sources = report.job["data"]["sources"]
+    if len(sources) < 2:
+        return []
+    counts = report.data_counts["sources"]
+    passes = [f"{each:.2f}" for each in report.task_epochs] or ["–"] * len(sources)
+    return [
+        SourceRow(
+            uri=source["uri"],
+            weight=f"{source['weight']:g}",
+            examples=f"{count['train']:,}",
+            tokens=f"{count['tokens']:,}",
+            passes=each,
+            loss=f"{curve[-1]['loss']:.4f}" if curve else "–",
+        )
+        for source, count, each, curve in zip(sources, counts, passes, _source_curves(report), strict=True)
+    ]
+
+
 def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[ScoreRow]:
     """Scores before and after, side by side, in the order of `after`."""
     return [_score_row(scale_of(name), before.get(name), value) for name, value in after.items()]
@@ -159,6 +201,28 @@ def _count_rows(counts: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     sources = [dict(source) for source in counts["sources"]]
     rows = [(source.pop("uri"), source) for source in sources]
     return [*rows, ("all", counts["total"])] if len(rows) != 1 else rows
+
+
+def _source_curves(report: RunReport) -> list[list[dict[str, Any]]]:
+    """The step and the loss of each source, where it had a learned token."""
+    marked = [entry for entry in report.history if "source_losses" in entry]
+    return [
+        [
+            {"step": entry["step"], "loss": entry["source_losses"][at]}
+            for entry in marked
+            if entry["source_losses"][at] is not None
+        ]
+        for at in range(len(report.job["data"]["sources"]))
+    ]
+
+
+def _source_charts(report: RunReport) -> list[Chart]:
+    """A chart for each source, where there are several, but not too many to look at."""
+    sources = report.job["data"]["sources"]
+    if not 2 <= len(sources) <= _MOST_SOURCE_CHARTS:
+        return []
+    curves = zip(sources, _source_curves(report), strict=True)
+    return [chart(f"Loss of {source['uri']}", curve, "loss") for source, curve in curves if curve]
 
 
 def _small_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -28,3 +29,24 @@ class ScalarLog:
     def close(self) -> None:
         """Write what is still in memory, and close the file."""
         self._writer.close()
+
+
+def step_scalars(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of one entry of a run's history.
+
+    Losses of the sources, which are means since the entry before that has them, stand there only where there
+    are several: a single source's is the run's.
+    """
+    scalars: dict[str, float] = {
+        "train/loss": entry["loss"],
+        "train/learning_rate": entry["learning_rate"],
+        "train/grad_norm": entry["grad_norm"],
+        "train/tokens_per_second": entry["tokens"] / entry["seconds"],
+    }
+    if "validation_loss" in entry:
+        scalars["validation/loss"] = entry["validation_loss"]
+    losses = entry.get("source_losses", [])
+    if len(losses) > 1:
+        named = enumerate(losses)
+        scalars |= {f"train/loss/source_{at}": loss for at, loss in named if loss is not None}
+    return scalars

@@ -19,8 +19,9 @@ from raytune_ft.spec import JobSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from raytune_ft.data.counts import DataCounts, ObjectReport
+    from raytune_ft.data.counts import DataCounts, Survey, WindowReport
     from raytune_ft.data.formats import BadRecord
+    from raytune_ft.data.windows import Window
 
 _LEARNED_STYLE = "bold green"
 _SHOWN_BAD_RECORDS = 10
@@ -32,7 +33,6 @@ class ShownExample:
     """An example as text: its tokens decoded, in runs that are learned or not."""
 
     source: int
-    number: int
     split: str
     tokens: int
     pieces: tuple[tuple[str, bool], ...]
@@ -41,7 +41,7 @@ class ShownExample:
 def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
     """Print the first rendered examples of each source, the malformed records and the counts.
 
-    Reads all objects in this process, without Ray: the same code as the data pass of a training run, for a
+    Reads all windows in this process, without Ray: the same code as the data pass of a training run, for a
     look at the data before a cluster is there.
 
     Args:
@@ -58,9 +58,9 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
     from raytune_ft.models import load_tokenizer
 
     tokenizer = load_tokenizer(job.model)
-    shown, reports = _read_all(job, tokenizer, examples)
-    counts = count_sources(reports, job.data)
-    bad = [record for report in reports for record in report.bad][:_SHOWN_BAD_RECORDS]
+    shown, survey = _read_all(job, tokenizer, examples)
+    counts = count_sources(survey, job.data)
+    bad = [record for report in survey.read() for record in report.bad][:_SHOWN_BAD_RECORDS]
     if as_json:
         # The one place where standard output is a machine's to read.
         print(json.dumps(_as_json(shown, counts, bad), ensure_ascii=False))  # noqa: T201
@@ -68,7 +68,7 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
         console = Console()
         # A file or pipe has no width of its own; the counts need this much.
         _print(console if console.is_terminal else Console(width=_PLAIN_WIDTH), job, shown, counts, bad)
-    check_counts(reports, job.data, None)
+    check_counts(survey, job.data, None)
 
 
 def templates_command() -> None:
@@ -90,31 +90,32 @@ def templates_command() -> None:
 
 def _read_all(
     job: JobSpec, tokenizer: "PreTrainedTokenizerBase", limit: int
-) -> tuple[list[ShownExample], list["ObjectReport"]]:
+) -> tuple[list[ShownExample], "Survey"]:
+    from raytune_ft.data.counts import Survey
     from raytune_ft.data.encoder import Encoder
-    from raytune_ft.data.examples import tokenise_object
+    from raytune_ft.data.examples import tokenise_window
+    from raytune_ft.data.index import divide
     from raytune_ft.data.sources import list_objects
 
     encoder = Encoder.of(tokenizer)
     shown: list[ShownExample] = []
-    reports: list[ObjectReport] = []
-    for index, found in enumerate(list_objects(job.data)):
-        reading = tokenise_object(found, index, job.data, encoder)
-        while True:
-            try:
-                table = next(reading)
-            except StopIteration as finished:
-                reports.append(finished.value)
-                break
+    windows: list[Window] = []
+    reports: dict[int, WindowReport] = {}
+    for number, found in enumerate(list_objects(job.data)):
+        for window in divide(found, number, job.data.sources[found.source].format, None):
+            tokenised = tokenise_window(found, window, job.data, encoder)
+            reports[len(windows)] = tokenised.report
+            windows.append(window)
             missing = limit - sum(example.source == found.source for example in shown)
-            shown += [_show(row, tokenizer) for row in table.slice(0, max(0, missing)).to_pylist()]
-    return shown, reports
+            rows = tokenised.table.slice(0, max(0, missing)).to_pylist()
+            shown += [_show(row, found.source, tokenizer) for row in rows]
+    return shown, Survey(windows, reports)
 
 
-def _show(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> ShownExample:
+def _show(row: dict[str, Any], source: int, tokenizer: "PreTrainedTokenizerBase") -> ShownExample:
     runs = groupby(zip(row["input_ids"], row["learned"], strict=True), key=lambda token: token[1])
     pieces = tuple((_decode([token for token, _ in run], tokenizer), learned) for learned, run in runs)
-    return ShownExample(row["source"], row["number"], row["split"], len(row["input_ids"]), pieces)
+    return ShownExample(source, row["split"], len(row["input_ids"]), pieces)
 
 
 def _decode(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -54,6 +54,9 @@ def train(
         str | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Tokenise anew, and keep nothing of it in the bucket.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a job and publish the result; the same command goes on where it was stopped."""
@@ -67,7 +70,7 @@ def train(
         display.update({"phase": "check"})
         from raytune_ft.train.launch import train as run
 
-        result = run(job, folder, restart=restart, on_event=display.update)
+        result = run(job, folder, restart=restart, cache=not no_cache, on_event=display.update)
     if as_json:
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:

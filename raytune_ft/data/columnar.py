@@ -2,29 +2,66 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from raytune_ft.data.access import ObjectFile
+from raytune_ft.data.raw import BadRecord, RawRecord
 from raytune_ft.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import parquet
 
 _ROWS_PER_BATCH = 1024
 
 
-def read_parquet(stream: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
+def read_parquet(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
     """Rows of a parquet file.
 
     Raises:
         DataError: the file is damaged.
     """
-    from pyarrow import parquet
-
     with _seekable(stream) as file, _arrow_errors(uri, "parquet"):
-        for batch in parquet.ParquetFile(file).iter_batches(_ROWS_PER_BATCH):
-            yield from batch.to_pylist()
+        opened = _open_parquet(file)
+        yield from _rows_of_groups(opened, range(opened.num_row_groups), uri)
 
 
-def read_arrow(stream: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
+def parquet_group_sizes(file: ObjectFile, size_bytes: int, uri: str) -> list[int]:
+    """Bytes of each row group of a parquet file, of which only the footer is read.
+
+    Raises:
+        DataError: the footer is damaged, or tells of bytes that the file does not have.
+    """
+    with _arrow_errors(uri, "parquet"):
+        metadata = _open_parquet(file).metadata
+        spans = [_span(metadata, group) for group in range(metadata.num_row_groups)]
+    for group, (start, stop) in enumerate(spans):
+        if not 0 <= start <= stop <= size_bytes:
+            raise DataError(
+                f"{uri}: not a whole parquet file (row group {group} is said to be at bytes {start:,} to "
+                f"{stop:,} of {size_bytes:,}); write it again"
+            )
+    return [stop - start for start, stop in spans]
+
+
+def read_row_groups(file: ObjectFile, uri: str, start: int, stop: int) -> Iterator[RawRecord | BadRecord]:
+    """Rows of the row groups [start, stop) of a parquet file, which are asked for at once.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if start == stop:
+        return
+    with _arrow_errors(uri, "parquet"):
+        opened = _open_parquet(file)
+        spans = [_span(opened.metadata, group) for group in range(start, stop)]
+        file.fetch(min(begin for begin, _ in spans), max(end for _, end in spans))
+        yield from _rows_of_groups(opened, range(start, stop), uri)
+
+
+def read_arrow(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
     """Rows of an Arrow IPC file or stream.
 
     Raises:
@@ -40,9 +77,97 @@ def read_arrow(stream: BinaryIO, uri: str) -> Iterator[dict[str, Any]]:
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
             batches = iter(pa.ipc.open_stream(file))
+        before = 0
         for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-                yield from batch.slice(start, _ROWS_PER_BATCH).to_pylist()
+            yield from _rows(batch, uri, before)
+            before += batch.num_rows
+
+
+def arrow_batch_count(file: ObjectFile, uri: str) -> int:
+    """How many record batches an Arrow IPC file has, by its footer.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    with _arrow_errors(uri, "arrow"):
+        return int(pa.ipc.open_file(file).num_record_batches)
+
+
+def read_batches(file: ObjectFile, uri: str, start: int, stop: int) -> Iterator[RawRecord | BadRecord]:
+    """Rows of the record batches [start, stop) of an Arrow IPC file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    with _arrow_errors(uri, "arrow"):
+        reader = pa.ipc.open_file(file)
+        before = 0
+        for number in range(start, stop):
+            batch = reader.get_batch(number)
+            # How many rows the batches before have is not in the footer.
+            yield from _rows(batch, uri, before, f"batch {number + 1}, " if start else "")
+            before = 0 if start else before + batch.num_rows
+
+
+def _open_parquet(file: BinaryIO | ObjectFile) -> "parquet.ParquetFile":
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file)
+
+
+def _span(metadata: "parquet.FileMetaData", group: int) -> tuple[int, int]:
+    """First byte of a row group, and the byte after its last."""
+    row_group = metadata.row_group(group)
+    starts, stops = [], []
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        # A dictionary at offset 0 means that there is none.
+        start = column.dictionary_page_offset or column.data_page_offset
+        starts.append(min(start, column.data_page_offset))
+        stops.append(starts[-1] + column.total_compressed_size)
+    return min(starts, default=0), max(stops, default=0)
+
+
+def _rows_of_groups(
+    file: "parquet.ParquetFile", groups: Sequence[int], uri: str
+) -> Iterator[RawRecord | BadRecord]:
+    metadata = file.metadata
+    before = first = sum(metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
+    for batch in file.iter_batches(_ROWS_PER_BATCH, row_groups=list(groups)):
+        yield from _rows(batch, uri, before)
+        before += batch.num_rows
+    promised = sum(metadata.row_group(group).num_rows for group in groups)
+    if before - first != promised:
+        raise DataError(
+            f"{uri}: not a whole parquet file (its footer tells of {promised:,} rows, and there are "
+            f"{before - first:,}); write it again"
+        )
+
+
+def _rows(batch: "pa.RecordBatch", uri: str, before: int, place: str = "") -> Iterator[RawRecord | BadRecord]:
+    for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+        part = batch.slice(start, _ROWS_PER_BATCH)
+        try:
+            rows = part.to_pylist()
+        except (ValueError, OverflowError):
+            rows = [None] * part.num_rows
+        for number, row in enumerate(rows):
+            position = f"{place}record {before + start + number + 1}"
+            yield _row(part, number, uri, position) if row is None else RawRecord(row, position)
+
+
+def _row(batch: "pa.RecordBatch", number: int, uri: str, position: str) -> RawRecord | BadRecord:
+    """A row by itself, as one beside it is not UTF-8, or a date beyond the calendar."""
+    try:
+        return RawRecord(batch.slice(number, 1).to_pylist()[0], position)
+    except UnicodeDecodeError as error:
+        return BadRecord(uri, position, "not UTF-8", error.object.decode("utf-8", "backslashreplace")[:2000])
+    except (ValueError, OverflowError) as error:
+        return BadRecord(uri, position, f"not readable: {error}", "")
 
 
 @contextmanager

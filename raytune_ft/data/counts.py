@@ -1,23 +1,33 @@
-"""What a data pass counted, and what it refuses to train on."""
+"""What reading windows of data counted, and what training refuses."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
+from pydantic import ConfigDict
+
 from raytune_ft.data.formats import BadRecord
-from raytune_ft.errors import DataError, RaytuneError
+from raytune_ft.data.windows import Window
+from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec
 
 NO_LEARNED_TOKENS = "no learned tokens"
+KEPT_BAD_RECORDS = 10_000
+"""Bad records that are kept for the quarantine file, of a window and of all; all are counted."""
 _SHOWN_PLACES = 3
+# What is read back, from a cache that anybody may write to, is as strict as a job file.
+_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass
 class Counts:
-    """Counts of one source, or of all."""
+    """Counts of one window, of one source, or of all."""
 
-    objects: int = 0
+    __pydantic_config__ = _STRICT
+
     records: int = 0
     """All records, the bad ones too."""
     bad: int = 0
@@ -39,6 +49,10 @@ class Counts:
         for each in fields(Counts):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
+    def scaled(self, factor: Fraction) -> "Counts":
+        """Each count times `factor`, rounded."""
+        return Counts(**{name: round(count * factor) for name, count in asdict(self).items()})
+
 
 @dataclass(frozen=True)
 class DataCounts:
@@ -47,6 +61,10 @@ class DataCounts:
     sources: tuple[Counts, ...]
     """In the order of `data.sources`."""
     uris: tuple[str, ...]
+    objects: tuple[int, ...]
+    """How many objects each source has."""
+    estimated: bool = False
+    """Not all windows were read: what was counted in a sample is scaled up by bytes."""
 
     @property
     def total(self) -> Counts:
@@ -57,97 +75,154 @@ class DataCounts:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """`{"sources": [{"uri": …, "records": …, …}, …], "total": {…}}`."""
-        named = zip(self.uris, self.sources, strict=True)
+        """`{"sources": [{"uri": …, "objects": …, "records": …, …}, …], "total": {…}, "estimated": …}`."""
+        named = zip(self.uris, self.objects, self.sources, strict=True)
         return {
-            "sources": [{"uri": uri, **asdict(source)} for uri, source in named],
-            "total": asdict(self.total),
+            "sources": [{"uri": uri, "objects": objects, **asdict(source)} for uri, objects, source in named],
+            "total": {"objects": sum(self.objects), **asdict(self.total)},
+            "estimated": self.estimated,
         }
 
 
-@dataclass
-class ObjectReport:
-    """What reading one object found, beside its examples."""
+@dataclass(frozen=True)
+class WindowReport:
+    """What reading one window found, beside its examples."""
 
-    index: int
-    source: int
+    __pydantic_config__ = _STRICT
+
     counts: Counts
-    bad: list[BadRecord] = field(default_factory=list)
+    bad: tuple[BadRecord, ...] = ()
     """The first of them; `counts.bad` counts all."""
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     """How many records were refused for reasons that a check looks for."""
-    templates: Counter[str] = field(default_factory=Counter)
+    templates: dict[str, int] = field(default_factory=dict)
     """How many records each template rendered."""
-    end_ids: set[int] = field(default_factory=set)
-    """Tokens that learned answers end with."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that learned answers end with, sorted."""
     longest: int = 0
     """Tokens of the longest example, before any limit."""
-    digest: str = ""
-    """sha256 of the examples in order."""
-    failure: RaytuneError | None = None
-    """Why the object could not be read as a whole."""
 
 
-def count_sources(reports: Sequence[ObjectReport], data: DataSpec) -> DataCounts:
-    """Counts per source from the reports of its objects."""
-    sources = [Counts() for _ in data.sources]
-    for report in reports:
-        sources[report.source].add(report.counts)
-    return DataCounts(tuple(sources), tuple(source.uri for source in data.sources))
+@dataclass(frozen=True)
+class Survey:
+    """The windows of a job's data, and what was found in those that were read."""
+
+    windows: Sequence[Window]
+    """All of them, by object and part."""
+    reports: Mapping[int, WindowReport]
+    """By the window's number among all."""
+
+    @property
+    def complete(self) -> bool:
+        """All windows were read."""
+        return len(self.reports) == len(self.windows)
+
+    @cached_property
+    def numbers(self) -> Mapping[int, Sequence[int]]:
+        """The windows of each source."""
+        numbers = defaultdict[int, list[int]](list)
+        for number, window in enumerate(self.windows):
+            numbers[window.source].append(number)
+        return numbers
+
+    def read(self, source: int | None = None) -> list[WindowReport]:
+        """Reports of a source, or of all, in the order of the windows."""
+        return [self.reports[number] for number in self._of(source) if number in self.reports]
+
+    def extent(self, source: int | None = None) -> str:
+        """What a message says of counts that are not of everything: '' where they are."""
+        windows, read = len(self._of(source)), len(self.read(source))
+        return "" if read == windows else f" in a sample of {read} of {windows} windows"
+
+    def scale(self, source: int) -> Fraction:
+        """The source's bytes, by those of its windows that were read."""
+        total = sum(self.windows[number].size_bytes for number in self._of(source))
+        read = sum(self.windows[number].size_bytes for number in self._of(source) if number in self.reports)
+        return Fraction(total, read) if read else Fraction(1)
+
+    def _of(self, source: int | None) -> Sequence[int]:
+        return range(len(self.windows)) if source is None else self.numbers.get(source, ())
 
 
-def check_counts(reports: Sequence[ObjectReport], data: DataSpec, quarantine: str | None) -> DataCounts:
+def count_sources(survey: Survey, data: DataSpec) -> DataCounts:
+    """Counts per source, scaled up by bytes where a survey is not complete."""
+    sources = []
+    for source in range(len(data.sources)):
+        counts = Counts()
+        for report in survey.read(source):
+            counts.add(report.counts)
+        sources.append(counts if survey.complete else counts.scaled(survey.scale(source)))
+    objects = Counter(window.source for window in survey.windows if window.part == 0)
+    return DataCounts(
+        sources=tuple(sources),
+        uris=tuple(source.uri for source in data.sources),
+        objects=tuple(objects[source] for source in range(len(sources))),
+        estimated=not survey.complete,
+    )
+
+
+def check_counts(survey: Survey, data: DataSpec, quarantine: str | None) -> DataCounts:
     """Refuse data that nothing could be learned from, before anything is spent on it.
 
     Args:
-        reports: of all objects.
+        survey: what was read.
         data: the job's data section.
         quarantine: where the bad records were written, for the message.
 
     Raises:
         DataError: a source is empty, too many records are malformed, or no training example is left.
     """
-    counts = count_sources(reports, data)
-    for at, (source, uri) in enumerate(zip(counts.sources, counts.uris, strict=True)):
-        if source.records == 0:
-            files = "the file is empty" if source.objects == 1 else f"all {source.objects} files are empty"
-            raise DataError(f"data.sources[{at}].uri = {uri}: no records; {files}")
-    total = counts.total
-    masked = sum(report.reasons[NO_LEARNED_TOKENS] for report in reports)
+    reports = survey.read()
+    total = Counts()
+    for report in reports:
+        total.add(report.counts)
+    _check_sources(survey, data)
+    masked = sum(report.reasons.get(NO_LEARNED_TOKENS, 0) for report in reports)
     if masked == total.records:
         raise DataError(
-            f"data: all labels are masked: none of the {masked} records has a learned token; "
-            "look at the completions, the template and the tokenizer with `raytune-ft data`"
+            f"data: all labels are masked: none of the {masked} records{survey.extent()} has a learned "
+            "token; look at the completions, the template and the tokenizer with `raytune-ft data`"
         )
     if total.bad > data.max_bad_fraction * total.records:
-        raise DataError(_too_many_bad(reports, total, data, quarantine))
+        raise DataError(_too_many_bad(survey, total, data, quarantine))
     if total.train == 0:
-        raise DataError(_nothing_left(reports, total, data))
-    return counts
+        raise DataError(_nothing_left(survey, total, data))
+    return count_sources(survey, data)
 
 
-def _too_many_bad(
-    reports: Sequence[ObjectReport], total: Counts, data: DataSpec, quarantine: str | None
-) -> str:
-    first = [bad for report in reports for bad in report.bad][:_SHOWN_PLACES]
+def _check_sources(survey: Survey, data: DataSpec) -> None:
+    for at, source in enumerate(data.sources):
+        if any(report.counts.records for report in survey.read(at)):
+            continue
+        objects = sum(survey.windows[number].part == 0 for number in survey.numbers.get(at, ()))
+        files = "the file is empty" if objects == 1 else f"all {objects} files are empty"
+        extent = survey.extent(at)
+        found = f"no records{extent}; give a source with records" if extent else f"no records; {files}"
+        raise DataError(f"data.sources[{at}].uri = {source.uri}: {found}")
+
+
+def _too_many_bad(survey: Survey, total: Counts, data: DataSpec, quarantine: str | None) -> str:
+    first = [bad for report in survey.read() for bad in report.bad][:_SHOWN_PLACES]
     lines = [
-        f"data: {total.bad} of {total.records} records are malformed ({total.bad / total.records:.2%}), "
-        f"and data.max_bad_fraction is {data.max_bad_fraction:g}; the first of them:",
+        f"data: {total.bad} of {total.records} records{survey.extent()} are malformed "
+        f"({total.bad / total.records:.2%}), and data.max_bad_fraction is {data.max_bad_fraction:g}; "
+        "the first of them:",
         *(f"  {bad.place}: {bad.reason}" for bad in first),
     ]
     return "\n".join([*lines, f"  all are in {quarantine}"] if quarantine else lines)
 
 
-def _nothing_left(reports: Sequence[ObjectReport], total: Counts, data: DataSpec) -> str:
+def _nothing_left(survey: Survey, total: Counts, data: DataSpec) -> str:
+    records = f"{total.records} records{survey.extent()}"
     if total.dropped and not total.validation + total.test:
-        longest = max(report.longest for report in reports)
+        longest = max(report.longest for report in survey.read())
         remedy = "raise data.max_tokens" + (", or set data.too_long: cut" if data.too_long == "drop" else "")
         return (
-            f"data: no training example is left: {total.dropped} of {total.records} records are longer than "
+            f"data: no training example is left: {total.dropped} of {records} are longer than "
             f"data.max_tokens = {data.max_tokens}, the longest has {longest} tokens; {remedy}"
         )
     return (
-        f"data: no training example is left: of {total.records} records {total.bad} are malformed, "
+        f"data: no training example is left: of {records} {total.bad} are malformed, "
         f"{total.dropped} longer than data.max_tokens = {data.max_tokens}, {total.validation} in the "
         f"validation split and {total.test} in the test split; give more data or a smaller data.split"
     )

@@ -3,8 +3,10 @@
 A Hub tokenizer takes seconds to import in each process; its Rust core and a few names take milliseconds.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class Encoder:
     chat_template: str | None
     special_tokens: Mapping[str, str]
     """What a chat template knows by name: bos_token, eos_token, …"""
+    digest: str | None = None
+    """Names everything that decides on the tokens; None where the backend's behaviour cannot be told."""
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
@@ -38,7 +42,7 @@ class Encoder:
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         dressed = tokenizer("a")["input_ids"]
         bos_id = tokenizer.bos_token_id
-        return cls(
+        encoder = cls(
             backend=_backend(tokenizer),
             eos_id=tokenizer.eos_token_id,
             eos_token=tokenizer.eos_token or "",
@@ -49,10 +53,45 @@ class Encoder:
             chat_template=_chat_template(tokenizer),
             special_tokens=dict(tokenizer.special_tokens_map),
         )
+        return replace(encoder, digest=_digest(encoder))
+
+    def __reduce__(self) -> tuple[Callable[[str | None, bytes], "Encoder"], tuple[str | None, bytes]]:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _unpickled, (self.digest, pickle.dumps(values))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text by itself."""
         return _encode(self.backend, texts)
+
+
+_arrived: dict[str, Encoder] = {}
+
+
+def _unpickled(digest: str | None, values: bytes) -> Encoder:
+    """An encoder that was sent here; the last one is kept, as a large vocabulary takes long to build."""
+    if digest is None:
+        return Encoder(**pickle.loads(values))  # noqa: S301  see Encoder.__reduce__
+    if digest not in _arrived:
+        _arrived.clear()
+        _arrived[digest] = Encoder(**pickle.loads(values))  # noqa: S301
+    return _arrived[digest]
+
+
+def _digest(encoder: Encoder) -> str | None:
+    import tokenizers
+
+    if not isinstance(encoder.backend, tokenizers.Tokenizer):
+        return None
+    digest = hashlib.sha256(f"{tokenizers.__version__}\n{encoder.backend.to_str()}".encode())
+    plain = {
+        each.name: getattr(encoder, each.name)
+        for each in fields(encoder)
+        if each.name not in ("backend", "digest")
+    }
+    plain["end_ids"] = sorted(encoder.end_ids)
+    plain["special_tokens"] = sorted(encoder.special_tokens.items())
+    digest.update(repr(plain).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -1,167 +1,232 @@
-"""One object of training data, from its bytes to a table of tokenised examples. Knows nothing of Ray."""
+"""One window of training data, from its bytes to a table of tokenised examples. Knows nothing of Ray."""
 
-import hashlib
-from collections.abc import Generator, Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter
 
-from raytune_ft.data.counts import NO_LEARNED_TOKENS, Counts, ObjectReport
+from raytune_ft.data.counts import KEPT_BAD_RECORDS, NO_LEARNED_TOKENS, Counts, WindowReport
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.formats import BadRecord, RawRecord, read_records
+from raytune_ft.data.formats import BadRecord, RawRecord, read_window
 from raytune_ft.data.records import Conversation, Malformed, PlainText, read_record
 from raytune_ft.data.sources import DataObject
-from raytune_ft.data.split import Split, split_of
+from raytune_ft.data.split import split_of
 from raytune_ft.data.template import Segment, concrete_name, render
 from raytune_ft.data.tokenise import Tokenised, fit, tokenise
+from raytune_ft.data.windows import Window
 from raytune_ft.spec import DataSpec
-from raytune_ft.storage import open_storage
 
 SCHEMA = pa.schema(
     [
-        ("source", pa.int32()),
-        ("number", pa.int64()),
+        ("record", pa.int64()),
         ("split", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("learned", pa.list_(pa.bool_())),
         ("references", pa.list_(pa.string())),
     ]
 )
-"""`source` and `number` together name an example and sort all of them; see `NUMBERS_PER_OBJECT`."""
+"""`record` is the place of an example's record among all records of its window."""
 
-NUMBERS_PER_OBJECT = 1 << 32
-"""An example's number is its object's index × this + its record's place in the object."""
-KEPT_BAD_RECORDS = 10_000
-"""Bad records of an object that are kept for the quarantine file; all are counted."""
-_RECORDS_PER_TABLE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    raw: RawRecord
-    position: int
-    record: Conversation | PlainText
-    segments: tuple[Segment, ...]
+_RECORDS_PER_BATCH = 64
+"""Small enough that texts and tokens stay in the processor's cache: a thousand take a tenth longer each."""
+_REPORT, _CHECKSUM = b"raytune_ft", b"raytune_ft.crc32"
+_WRITE = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
-def tokenise_object(
-    found: DataObject, index: int, data: DataSpec, encoder: Encoder
-) -> Generator[pa.Table, None, ObjectReport]:
-    """Read, render, split and tokenise the records of one object.
+@dataclass(frozen=True)
+class TokenisedWindow:
+    """The good examples of a window, and what was found beside them."""
+
+    table: pa.Table
+    """Of SCHEMA, in the order of the records."""
+    report: WindowReport
+
+
+def tokenise_window(found: DataObject, window: Window, data: DataSpec, encoder: Encoder) -> TokenisedWindow:
+    """Read, render, split and tokenise the records of one window.
 
     Args:
-        found: the object.
-        index: its place among all objects of the job.
+        found: the window's object.
+        window: which part of it.
         data: the job's data section.
         encoder: the tokenizer's.
 
-    Yields:
-        Tables of SCHEMA with the good examples, in the order of the records.
-
-    Returns:
-        The report, with the bad records.
-
     Raises:
-        DataError: the object cannot be read as a whole, or its template cannot be used.
+        DataError: the window cannot be read as a whole, or its template cannot be used.
         StorageError: the store failed.
     """
-    source = data.sources[found.source]
-    reading = _Reading(found, index, data, encoder)
-    with open_storage(found.root).open(found.key) as stream:
-        for chunk in _chunks(read_records(stream, found.uri, source.format), _RECORDS_PER_TABLE):
-            table = reading.read(chunk)
-            if table.num_rows:
-                yield table
+    reading = _Reading(found, data, encoder)
+    records = iter(read_window(found, window))
+    while batch := list(islice(records, _RECORDS_PER_BATCH)):
+        reading.read(batch)
     return reading.finish()
 
 
-class _Reading:
-    """The state of reading one object: its report and the digest so far."""
+def encode(window: TokenisedWindow) -> bytes:
+    """A tokenised window as an Arrow IPC file (lz4) with its report as JSON in the schema's metadata.
 
-    def __init__(self, found: DataObject, index: int, data: DataSpec, encoder: Encoder) -> None:
+    Equal windows give equal bytes.
+    """
+    columns = [column.combine_chunks() for column in window.table.columns]
+    report = _reports().dump_json(window.report)
+    batch = pa.record_batch(columns, schema=SCHEMA)
+    metadata = {_REPORT: report, _CHECKSUM: str(_checksum(batch, report)).encode()}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA.with_metadata(metadata), options=_WRITE) as writer:
+        writer.write_batch(batch)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def decode(content: bytes | pa.Buffer) -> TokenisedWindow:
+    """What `encode` gave.
+
+    Raises:
+        ValueError: the bytes are anything else: cut off, damaged, or of another version.
+    """
+    try:
+        with pa.ipc.open_file(pa.BufferReader(content)) as file:
+            metadata = file.schema.metadata or {}
+            if file.schema.remove_metadata() != SCHEMA or set(metadata) != {_REPORT, _CHECKSUM}:
+                raise ValueError(f"not a tokenised window: its columns are {', '.join(file.schema.names)}")
+            if file.num_record_batches != 1:
+                raise ValueError(f"not a tokenised window: {file.num_record_batches} batches, not 1")
+            batch = file.get_batch(0).replace_schema_metadata(None)
+        batch.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a tokenised window: {error}") from None
+    if str(_checksum(batch, metadata[_REPORT])).encode() != metadata[_CHECKSUM]:
+        raise ValueError("a damaged tokenised window: its checksum is another")
+    return TokenisedWindow(pa.Table.from_batches([batch]), _reports().validate_json(metadata[_REPORT]))
+
+
+def _checksum(batch: pa.RecordBatch, report: bytes) -> int:
+    # Arrow has none of its own: a damaged list of tokens would be trained on.
+    return zlib.crc32(batch.serialize(), zlib.crc32(report))
+
+
+@cache
+def _reports() -> TypeAdapter[WindowReport]:
+    return TypeAdapter(WindowReport)
+
+
+class _Reading:
+    """The state of reading one window. Examples are kept as flat arrays, which is what Arrow keeps."""
+
+    def __init__(self, found: DataObject, data: DataSpec, encoder: Encoder) -> None:
         self._found = found
         self._data = data
         self._encoder = encoder
         self._source = data.sources[found.source]
-        self._report = ObjectReport(index=index, source=found.source, counts=Counts(objects=1))
-        self._digest = hashlib.sha256()
+        self._counts = Counts()
+        self._bad: list[BadRecord] = []
+        self._masked = 0
+        self._longest = 0
+        self._templates = Counter[str]()
+        self._places: list[int] = []
+        self._splits: list[str] = []
+        self._lengths: list[int] = []
+        self._references: list[tuple[str, ...]] = []
+        self._ids = [np.zeros(0, dtype=np.int32)]
+        self._runs = [np.zeros(0, dtype=np.int64)]
 
-    def finish(self) -> ObjectReport:
-        """The report, once all records were read."""
-        self._report.digest = self._digest.hexdigest()
-        return self._report
-
-    def read(self, records: Iterable[RawRecord | BadRecord]) -> pa.Table:
-        """Examples of the next records."""
+    def read(self, records: Sequence[RawRecord | BadRecord]) -> None:
+        """Take the next records."""
         rendered = list(self._rendered(records))
-        tokenised = tokenise([each.segments for each in rendered], self._encoder)
-        columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-        for each, example in zip(rendered, tokenised, strict=True):
-            kept = self._fitted(each, example)
+        tokenised = tokenise([segments for _, _, _, segments in rendered], self._encoder)
+        examples: list[Tokenised] = []
+        limit, split = self._data.max_tokens, self._data.split
+        for (place, raw, record, _), example in zip(rendered, tokenised, strict=True):
+            if example is None:
+                self._masked += 1
+                self._refuse(BadRecord.of(self._found.uri, raw, NO_LEARNED_TOKENS))
+                continue
+            kept = example if len(example.input_ids) <= limit else self._fitted(example)
             if kept is not None:
-                split = split_of(each.record.input_text, self._data.split)
-                self._count(split, kept)
-                columns["source"].append(self._found.source)
-                columns["number"].append(self._report.index * NUMBERS_PER_OBJECT + each.position)
-                columns["split"].append(split)
-                columns["input_ids"].append(kept.input_ids)
-                columns["learned"].append(kept.learned)
-                columns["references"].append(
-                    each.record.references if isinstance(each.record, Conversation) else ()
-                )
-        return pa.table(columns, schema=SCHEMA)
+                examples.append(kept)
+                self._places.append(place)
+                self._splits.append(split_of(record.input_text, split))
+                self._references.append(record.references if isinstance(record, Conversation) else ())
+        self._lengths += [len(example.input_ids) for example in examples]
+        self._ids.append(np.fromiter(chain.from_iterable(e.input_ids for e in examples), dtype=np.int32))
+        self._runs.append(np.fromiter(chain.from_iterable(e.runs for e in examples), dtype=np.int64))
 
-    def _rendered(self, records: Iterable[RawRecord | BadRecord]) -> Iterator[_Rendered]:
-        for raw in records:
-            position = self._report.counts.records
-            self._report.counts.records += 1
+    def finish(self) -> TokenisedWindow:
+        """The table and the report, once all records were read."""
+        ids, runs = np.concatenate(self._ids), np.concatenate(self._runs)
+        learned = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        self._count(learned)
+        last = np.cumsum(self._lengths, dtype=np.int64) - 1
+        report = WindowReport(
+            counts=self._counts,
+            bad=tuple(self._bad),
+            reasons={NO_LEARNED_TOKENS: self._masked} if self._masked else {},
+            templates=dict(self._templates),
+            end_ids=tuple(np.unique(ids[last[learned[last]]]).tolist()),
+            longest=max(self._longest, max(self._lengths, default=0)),
+        )
+        return TokenisedWindow(self._table(ids, learned), report)
+
+    def _rendered(
+        self, records: Sequence[RawRecord | BadRecord]
+    ) -> Iterator[tuple[int, RawRecord, Conversation | PlainText, Sequence[Segment]]]:
+        fields, template, encoder = self._source.fields, self._source.template, self._encoder
+        first = self._counts.records
+        self._counts.records += len(records)
+        for place, raw in enumerate(records, first):
             if isinstance(raw, BadRecord):
                 self._refuse(raw)
                 continue
             try:
-                record = read_record(raw.value, self._source.fields)
-                template = concrete_name(self._source.template, record, self._encoder)
-                yield _Rendered(raw, position, record, render(template, record, self._encoder))
-                self._report.templates[template] += 1
+                record = read_record(raw.value, fields)
+                name = concrete_name(template, record, encoder)
+                segments = render(name, record, encoder)
             except Malformed as error:
                 self._refuse(BadRecord.of(self._found.uri, raw, str(error)))
+                continue
+            self._templates[name] += 1
+            yield place, raw, record, segments
 
-    def _fitted(self, each: _Rendered, example: Tokenised | None) -> Tokenised | None:
-        if example is None:
-            self._report.reasons[NO_LEARNED_TOKENS] += 1
-            self._refuse(BadRecord.of(self._found.uri, each.raw, NO_LEARNED_TOKENS))
-            return None
-        self._report.longest = max(self._report.longest, len(example.input_ids))
+    def _fitted(self, example: Tokenised) -> Tokenised | None:
+        self._longest = max(self._longest, len(example.input_ids))
         begins_with_bos = example.input_ids[0] == self._encoder.bos_id
         kept, outcome = fit(example, self._data.max_tokens, self._data.too_long, keep_first=begins_with_bos)
-        self._report.counts.dropped += outcome == "dropped"
-        self._report.counts.cut += outcome == "cut"
+        self._counts.dropped += outcome == "dropped"
+        self._counts.cut += outcome == "cut"
         return kept
 
-    def _count(self, split: Split, example: Tokenised) -> None:
-        counts = self._report.counts
-        if split == "train":
-            counts.train += 1
-            counts.tokens += len(example.input_ids)
-            counts.learned_tokens += sum(example.learned)
-        elif split == "validation":
-            counts.validation += 1
-        else:
-            counts.test += 1
-        if example.learned[-1]:
-            self._report.end_ids.add(example.input_ids[-1])
-        self._digest.update(f"{split} {len(example.input_ids)} ".encode())
-        self._digest.update(np.asarray(example.input_ids, dtype="<i4").tobytes())
-        self._digest.update(np.packbits(example.learned).tobytes())
+    def _count(self, learned: np.ndarray[Any, Any]) -> None:
+        counts, splits = self._counts, Counter(self._splits)
+        counts.train, counts.validation, counts.test = (
+            splits[split] for split in ("train", "validation", "test")
+        )
+        in_training = np.repeat([split == "train" for split in self._splits], self._lengths).astype(np.bool_)
+        counts.tokens = int(in_training.sum())
+        counts.learned_tokens = int((in_training & learned).sum())
 
     def _refuse(self, bad: BadRecord) -> None:
-        self._report.counts.bad += 1
-        if len(self._report.bad) < KEPT_BAD_RECORDS:
-            self._report.bad.append(bad)
+        self._counts.bad += 1
+        if len(self._bad) < KEPT_BAD_RECORDS:
+            self._bad.append(bad)
 
+    def _table(self, ids: np.ndarray[Any, Any], learned: np.ndarray[Any, Any]) -> pa.Table:
+        def lists(name: str, lengths: Sequence[int], values: pa.Array) -> pa.Array:
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
+            return pa.ListArray.from_arrays(pa.array(offsets), values, type=SCHEMA.field(name).type)
 
-def _chunks(records: Iterator[RawRecord | BadRecord], size: int) -> Iterator[list[RawRecord | BadRecord]]:
-    while chunk := list(islice(records, size)):
-        yield chunk
+        references = pa.array(list(chain.from_iterable(self._references)), pa.string())
+        columns = [
+            pa.array(self._places, pa.int64()),
+            pa.array(self._splits, pa.string()),
+            lists("input_ids", self._lengths, pa.array(ids)),
+            lists("learned", self._lengths, pa.array(learned)),
+            lists("references", [len(texts) for texts in self._references], references),
+        ]
+        return pa.table(columns, schema=SCHEMA)

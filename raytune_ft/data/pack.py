@@ -45,3 +45,23 @@ def balanced_capacity(lengths: Sequence[int], capacity: int) -> int:
     candidates = range(max(max(lengths), -(-sum(lengths) // needed)), capacity)
     found = bisect_left(candidates, True, key=lambda size: len(pack_first_fit(lengths, size)) <= needed)
     return candidates[found] if found < len(candidates) else capacity
+
+
+def share(lengths: Sequence[int], workers: int) -> list[list[int]]:
+    """Divide the examples of a step among workers, so that each has about as many tokens.
+
+    The longest example goes first, always to the worker with the fewest tokens so far; the most that one
+    gets is then at most 4/3 of the best possible (Graham 1969). Ties go by the given order, so that the
+    result is a function of the arguments alone. Each share keeps the given order; with fewer examples than
+    workers some shares are empty.
+
+    >>> share([5, 3, 4, 2], workers=2)
+    [[0, 3], [1, 2]]
+    """
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    tokens = [0] * workers
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        worker = min(range(workers), key=tokens.__getitem__)
+        shares[worker].append(index)
+        tokens[worker] += lengths[index]
+    return [sorted(indices) for indices in shares]

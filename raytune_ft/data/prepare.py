@@ -1,58 +1,86 @@
-"""The data pass: every object of a job through Ray Data, once, into tokenised examples on the cluster."""
+"""Before training: which windows a job's data has, and a survey of what stands in them."""
 
-import hashlib
 import json
-import logging
-import os
-import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import ray.data
+import ray.exceptions
 
-from raytune_ft.data.counts import Counts, DataCounts, ObjectReport, check_counts
+from raytune_ft.data.counts import KEPT_BAD_RECORDS, DataCounts, Survey, WindowReport, check_counts
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import SCHEMA, tokenise_object
+from raytune_ft.data.examples import decode
 from raytune_ft.data.formats import BadRecord
-from raytune_ft.data.sources import DataObject, list_objects
+from raytune_ft.data.index import divide
+from raytune_ft.data.mixture import SourceShape
+from raytune_ft.data.sources import DataObject, fingerprint, list_objects
+from raytune_ft.data.stream import WindowReader, cluster_task_cpus, ray_reason, stream_windows
 from raytune_ft.data.template import AUTO, check_template
-from raytune_ft.errors import RaytuneError
+from raytune_ft.data.windows import Window
+from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.models import load_tokenizer
-from raytune_ft.spec import DataSpec, JobSpec
-from raytune_ft.storage import disk_errors
+from raytune_ft.spec import JobSpec
+from raytune_ft.storage import disk_errors, join_uri, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_REPORT = "report"
-_TASK_SCHEMA = SCHEMA.append(pa.field(_REPORT, pa.binary()))
-_MAX_BLOCKS = 512
+SURVEY_BYTES = 64 << 20
+"""Data up to this size is read as a whole before training, and its contents stay on the cluster."""
+SAMPLE_WINDOWS = 8
+"""About how many windows of larger data are read before training; of each source at least one."""
+KEPT_BYTES = 64 << 20
+"""Contents of a sample that stay on the cluster: its windows may be whole objects, and there may be many."""
+_DIVIDED_HERE = 16
+"""Up to so many objects it takes longer to start tasks than to divide them."""
+_OBJECTS_PER_TASK = 64
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """A job's data, ready to be trained on."""
 
-    examples: "ray.data.Dataset"
-    """Materialised rows of `raytune_ft.data.examples.SCHEMA`, all splits, sorted by source and number."""
     objects: tuple[DataObject, ...]
+    windows: tuple[Window, ...]
+    """All of them, sorted by object and part; elsewhere a window is named by its place among these."""
     fingerprint: str
-    """sha256 over the tokenised examples in order: the same content gives the same, wherever it lies."""
+    """sha256 over uri, size and etag of each object; see `raytune_ft.data.sources.fingerprint`."""
+    complete: bool
+    """All windows were read; otherwise a sample."""
+    contents: Mapping[int, "ray.ObjectRef"]
+    """Contents of the windows that were read, in Ray's object store, owned by this process: all of them where
+    the data is complete, else the first of them, up to KEPT_BYTES."""
+    reports: Mapping[int, WindowReport]
+    """Of the windows that were read."""
     counts: DataCounts
+    examples: tuple[int, ...]
+    """Training examples of each source; estimated where the data is not complete."""
     bad: tuple[BadRecord, ...]
-    """Malformed records, in order; of an object with very many, the first."""
+    """Malformed records of the windows that were read, in order; where there are very many, the first."""
     end_ids: tuple[int, ...]
     """Tokens that the learned answers end with: where generation has to stop."""
     templates: tuple[str, ...]
     """The template of each source's records, the most frequent where `auto` found several: a prompt that is
     rendered with it looks as it did in training."""
+    reader: WindowReader
+    """Reads any of the windows."""
+
+    @property
+    def shapes(self) -> tuple[SourceShape, ...]:
+        """What the order of the data needs to know of each source."""
+        numbers = Survey(self.windows, self.reports).numbers
+        return tuple(
+            SourceShape(tuple(numbers[source]), tuple(map(self._size, numbers[source])), examples)
+            for source, examples in enumerate(self.examples)
+        )
+
+    def _size(self, number: int) -> int:
+        if self.complete:
+            return self.reports[number].counts.train
+        return self.windows[number].size_bytes
 
 
 def prepare(
@@ -60,40 +88,137 @@ def prepare(
     quarantine: Path | None = None,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    cache: bool = True,
 ) -> PreparedData:
-    """Read, render, split and tokenise all of a job's data. Ray must be initialised.
+    """Divide a job's data into windows and read them, or a sample of them. Ray must be initialised.
 
     Args:
         job: the job.
         quarantine: file for the malformed records, written where there are any.
         tokenizer: the base's; loaded here where it is not given.
+        cache: keep tokenised windows beside the catalog, and take them from there.
 
     Raises:
         DataError: a source is missing, empty or unreadable, too many records are malformed, or nothing is
             left to train on.
         StorageError: the store failed.
+        TrainingError: Ray lost the tasks.
     """
     encoder = Encoder.of(tokenizer or load_tokenizer(job.model))
     for source in job.data.sources:
         check_template(source.template, encoder)
-    objects = list_objects(job.data)
-    examples, reports = _run_pass(objects, job.data, encoder)
-    for report in reports:
-        if report.failure is not None:
-            raise report.failure
-    bad = tuple(record for report in reports for record in report.bad)
+    objects = tuple(list_objects(job.data))
+    cache_uri = join_uri(job.publish.catalog.rstrip("/"), "cache") if cache else None
+    reader = WindowReader(objects, job.data, encoder, cache_uri)
+    windows = divide_all(reader)
+    contents, reports = _read(windows, surveyed(windows), reader)
+    survey = Survey(windows, reports)
+    bad = tuple(record for report in survey.read() for record in report.bad)[:KEPT_BAD_RECORDS]
     if bad and quarantine is not None:
         write_quarantine(bad, quarantine)
-    counts = check_counts(reports, job.data, None if quarantine is None else str(quarantine))
+    counts = check_counts(survey, job.data, None if quarantine is None else str(quarantine))
     return PreparedData(
-        examples=examples,
-        objects=tuple(objects),
-        fingerprint=_content_fingerprint(reports),
+        objects=objects,
+        windows=windows,
+        fingerprint=fingerprint(objects),
+        complete=survey.complete,
+        contents=contents,
+        reports=reports,
         counts=counts,
+        examples=tuple(source.train for source in counts.sources),
         bad=bad,
-        end_ids=tuple(sorted(set().union(*(report.end_ids for report in reports)))),
-        templates=_templates(reports, len(job.data.sources)),
+        end_ids=tuple(sorted(set().union(*(report.end_ids for report in reports.values())))),
+        templates=tuple(_template(survey.read(source)) for source in range(len(job.data.sources))),
+        reader=reader,
     )
+
+
+def surveyed(windows: Sequence[Window]) -> list[int]:
+    """Which windows are read before training: all, or the middles of equal strata of each source's.
+
+    >>> surveyed([Window(0, 0, part, "bytes", part << 20, part + 1 << 20, 1 << 20, "") for part in range(80)])
+    [5, 15, 25, 35, 45, 55, 65, 75]
+    """
+    if sum(window.size_bytes for window in windows) <= SURVEY_BYTES:
+        return list(range(len(windows)))
+    of_source: dict[int, list[int]] = {}
+    for number, window in enumerate(windows):
+        of_source.setdefault(window.source, []).append(number)
+    strata = max(1, SAMPLE_WINDOWS // len(of_source))
+    chosen = []
+    for numbers in of_source.values():
+        # A file without content tells nothing of the others.
+        numbers = [number for number in numbers if windows[number].size_bytes] or numbers
+        count = min(strata, len(numbers))
+        chosen += [numbers[(2 * stratum + 1) * len(numbers) // (2 * count)] for stratum in range(count)]
+    return sorted(chosen)
+
+
+def divide_all(reader: WindowReader) -> tuple[Window, ...]:
+    """The windows of all objects, sorted by object and part.
+
+    Raises:
+        DataError: an object is of no known format, or too large to be read as a whole.
+        StorageError: the store failed.
+        TrainingError: Ray lost the tasks.
+    """
+    numbers = range(len(reader.objects))
+    if len(numbers) <= _DIVIDED_HERE:
+        return tuple(_divide(numbers, reader))
+    chunks = [numbers[at : at + _OBJECTS_PER_TASK] for at in range(0, len(numbers), _OBJECTS_PER_TASK)]
+    shared = ray.put(reader)
+    task = _divide_remotely.options(num_cpus=cluster_task_cpus())
+    try:
+        divided = ray.get([task.remote(chunk, shared) for chunk in chunks])
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"the data could not be divided: {ray_reason(error)}") from error
+    windows: list[Window] = []
+    for found in divided:
+        if isinstance(found, RaytuneError):
+            raise found
+        windows += found
+    return tuple(windows)
+
+
+def _divide(numbers: Sequence[int], reader: WindowReader) -> Iterator[Window]:
+    cache = None if reader.cache is None else open_storage(reader.cache)
+    for number in numbers:
+        found = reader.objects[number]
+        yield from divide(found, number, reader.data.sources[found.source].format, cache)
+
+
+@ray.remote  # type: ignore[untyped-decorator]  # ray ships no types
+def _divide_remotely(numbers: Sequence[int], reader: WindowReader) -> list[Window] | RaytuneError:
+    try:
+        return list(_divide(numbers, reader))
+    except RaytuneError as error:
+        # As a value, since Ray would print it with its traceback.
+        return error
+
+
+def _read(
+    windows: Sequence[Window], chosen: Sequence[int], reader: WindowReader
+) -> tuple[dict[int, Any], dict[int, WindowReport]]:
+    """Contents and reports of some windows, by their numbers."""
+    contents: dict[int, Any] = {}
+    reports: dict[int, WindowReport] = {}
+    kept_bytes = 0
+    complete = len(chosen) == len(windows)
+    for place, content in stream_windows([windows[number] for number in chosen], reader):
+        number = chosen[place]
+        reports[number] = decode(content).report
+        if complete or kept_bytes + content.size <= KEPT_BYTES:
+            # A copy of its own, since the execution's goes away with it.
+            contents[number] = ray.put(content)
+            kept_bytes += content.size
+    return contents, reports
+
+
+def _template(reports: Sequence[WindowReport]) -> str:
+    used = Counter[str]()
+    for report in reports:
+        used.update(report.templates)
+    return used.most_common(1)[0][0] if used else AUTO
 
 
 def write_quarantine(bad: Sequence[BadRecord], path: Path) -> None:
@@ -112,71 +237,3 @@ def write_quarantine(bad: Sequence[BadRecord], path: Path) -> None:
 def _quarantined(record: BadRecord) -> dict[str, str]:
     values = asdict(record)
     return {"file": values.pop("uri"), **values}
-
-
-def _content_fingerprint(reports: Sequence[ObjectReport]) -> str:
-    digest = hashlib.sha256()
-    for report in reports:
-        digest.update(f"{report.source} {report.digest}\n".encode())
-    return digest.hexdigest()
-
-
-def _templates(reports: Sequence[ObjectReport], sources: int) -> tuple[str, ...]:
-    used = [Counter[str]() for _ in range(sources)]
-    for report in reports:
-        used[report.source].update(report.templates)
-    return tuple(count.most_common(1)[0][0] if count else AUTO for count in used)
-
-
-def _run_pass(
-    objects: Sequence[DataObject], data: DataSpec, encoder: Encoder
-) -> tuple["ray.data.Dataset", list[ObjectReport]]:
-    """One execution of Ray Data: examples and reports travel in the same rows, and are separated after it."""
-    # It would say, among other things, that it shows no progress bars.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    read = ray.data.from_items(
-        [{"index": index} for index in range(len(objects))],
-        override_num_blocks=min(len(objects), _MAX_BLOCKS),
-    ).map_batches(
-        partial(_read_objects, objects=tuple(objects), data=data, encoder=encoder),
-        batch_size=None,
-        num_cpus=1,
-    )
-    read.context.execution_options.preserve_order = True
-    read.context.enable_progress_bars = False
-    blocks = read.materialize().to_arrow_refs()
-    separated = [_separate.remote(block) for block in blocks]
-    examples = ray.data.from_arrow_refs([examples for examples, _ in separated])
-    reports: list[ObjectReport] = [r for part in ray.get([reports for _, reports in separated]) for r in part]
-    return examples, sorted(reports, key=lambda report: report.index)
-
-
-def _read_objects(
-    batch: dict[str, Any], objects: Sequence[DataObject], data: DataSpec, encoder: Encoder
-) -> Iterator[pa.Table]:
-    """A task of the pass: the examples of some objects, and after each object its report."""
-    # A task has one CPU; the tokenizer would start a thread for each of the machine's.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for index in batch["index"].tolist():
-        reading = tokenise_object(objects[index], index, data, encoder)
-        while True:
-            try:
-                table = next(reading)
-            except StopIteration as finished:
-                report: ObjectReport = finished.value
-                break
-            except RaytuneError as error:
-                # As a row, since an exception inside Ray is printed with its traceback and tried again.
-                report = ObjectReport(index, objects[index].source, Counts(objects=1), failure=error)
-                break
-            yield table.append_column(_TASK_SCHEMA.field(_REPORT), pa.nulls(table.num_rows, pa.binary()))
-        yield pa.Table.from_pylist([{_REPORT: pickle.dumps(report)}], schema=_TASK_SCHEMA)
-
-
-@ray.remote(num_cpus=0, num_returns=2)  # type: ignore[untyped-decorator]  # ray ships no types
-def _separate(block: pa.Table) -> tuple[pa.Table, list[ObjectReport]]:
-    """Examples and reports of a block. The pickles are those of `_read_objects`."""
-    is_example = pc.is_null(block[_REPORT])
-    reports = block.filter(pc.invert(is_example))[_REPORT].to_pylist()
-    examples = block.filter(is_example).select(SCHEMA.names)
-    return examples, [pickle.loads(report) for report in reports]  # noqa: S301  our own, see above

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from raytune_ft.spec import FieldsSpec
 
@@ -41,8 +43,7 @@ class Malformed(Exception):
     """A record that cannot be trained on; the message is the reason. Never leaves the data package."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """What one side says."""
 
     role: Role
@@ -56,15 +57,14 @@ class Turn:
         return f"{self.content}\n{self.context}" if self.context else self.content
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Turns of which the last is the assistant's. Every assistant turn is learned."""
 
     turns: tuple[Turn, ...]
     references: tuple[str, ...]
     """Texts that the last turn may equally be; the first is the one that is learned."""
     shape: Literal["chat", "prompt", "instruction"]
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = MappingProxyType({})
     """The record's own columns without the completion: what an inline template sees."""
 
     @property
@@ -74,9 +74,14 @@ class Conversation:
         All answers are learned, so whatever begins with the same question has to stand on the same side:
         a question of the test split must not be the beginning of a longer chat in training.
         """
-        roles = [turn.role for turn in self.turns]
-        asked = next(at for at, role in enumerate(roles) if role in ("user", "tool"))
-        return "\n".join(turn.text for turn in self.turns[: roles.index("assistant", asked)])
+        said: list[str] = []
+        asked = False
+        for turn in self.turns:
+            if asked and turn.role == "assistant":
+                break
+            asked = asked or turn.role in ("user", "tool")
+            said.append(turn.text)
+        return "\n".join(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +110,13 @@ def read_record(value: Any, fields: FieldsSpec) -> Conversation | PlainText:
         raise Malformed(f"the record is {_kind(value)}, not an object with fields")
     if fields.text is not None:
         return PlainText(_required_text(_reach(value, fields.text), fields.text))
-    chat = fields.messages or _first_present(value, CHAT_COLUMNS)
+    usual = _usual_columns(tuple(value))
+    chat = fields.messages or usual.chat
     if chat is not None and fields.completion is None:
-        return _read_chat(value, chat, fields)
-    completion = fields.completion or _completion_column(value)
+        return _read_chat(value, chat, usual, fields)
+    completion = fields.completion or _completion_column(value, usual)
     if completion is not None:
-        return _read_pair(value, completion, fields)
+        return _read_pair(value, completion, usual, fields)
     if "text" in value:
         return PlainText(_required_text(value["text"], "text"))
     raise Malformed(
@@ -119,38 +125,73 @@ def read_record(value: Any, fields: FieldsSpec) -> Conversation | PlainText:
     )
 
 
-def _read_pair(value: dict[str, Any], completion: str, fields: FieldsSpec) -> Conversation:
-    """A prompt and its completion, each a text or, as TRL writes them, a list of messages."""
-    prompt = fields.prompt or next(
-        (name for name in PROMPT_COLUMNS if name in value and name != completion), None
+@dataclass(frozen=True, slots=True)
+class _UsualColumns:
+    """Columns of a record that have a usual name."""
+
+    chat: str | None
+    system: str | None
+    prompts: tuple[str, ...]
+    contexts: tuple[str, ...]
+    completions: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)
+def _usual_columns(names: tuple[str, ...]) -> _UsualColumns:
+    """Found once for all records with the same columns."""
+
+    def present(known: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in known if name in names)
+
+    chats, systems = present(CHAT_COLUMNS), present(SYSTEM_COLUMNS)
+    return _UsualColumns(
+        chats[0] if chats else None,
+        systems[0] if systems else None,
+        present(PROMPT_COLUMNS),
+        present(CONTEXT_COLUMNS),
+        present(COMPLETION_COLUMNS),
     )
+
+
+def _read_pair(
+    value: dict[str, Any], completion: str, usual: _UsualColumns, fields: FieldsSpec
+) -> Conversation:
+    """A prompt and its completion, each a text or, as TRL writes them, a list of messages."""
+    prompt = fields.prompt
+    if prompt is None:
+        prompt = next((name for name in usual.prompts if name != completion), None)
     if prompt is None:
         raise Malformed(
             f"no prompt: none of {', '.join(PROMPT_COLUMNS)}; name it with the source's fields.prompt"
         )
-    asked, answered = _reach(value, prompt), _reach(value, completion)
+    asked = value[prompt] if prompt in value else _reach(value, prompt)
+    answered = value[completion] if completion in value else _reach(value, completion)
     columns = {name: column for name, column in value.items() if name != completion.partition(".")[0]}
     if _is_messages(asked) and _is_messages(answered):
         turns = _read_turns([*asked, *answered], f"{prompt} + {completion}")
         return Conversation(turns, (turns[-1].content,), "chat", columns)
     references = _read_references(answered, completion)
     content = _text(asked, prompt)
-    context = "" if fields.prompt else _read_context(value, prompt, completion)
+    context = "" if fields.prompt else _read_context(value, usual, prompt, completion)
     if not content.strip():
         content, context = context, ""
     if not content.strip():
         raise Malformed(f"{prompt} is empty")
-    turns = (*_read_system(value, fields), Turn("user", content, context), Turn("assistant", references[0]))
+    turns = (
+        *_read_system(value, usual, fields),
+        Turn("user", content, context),
+        Turn("assistant", references[0]),
+    )
     return Conversation(turns, references, "prompt" if prompt == "prompt" else "instruction", columns)
 
 
-def _read_chat(value: dict[str, Any], column: str, fields: FieldsSpec) -> Conversation:
+def _read_chat(value: dict[str, Any], column: str, usual: _UsualColumns, fields: FieldsSpec) -> Conversation:
     messages = _reach(value, column)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise Malformed(f"{column} is {_kind(messages)}, not a list of messages")
     turns = _read_turns(messages, column)
     if turns[0].role != "system":
-        turns = (*_read_system(value, fields), *turns)
+        turns = (*_read_system(value, usual, fields), *turns)
     columns = {name: content for name, content in value.items() if name != column.partition(".")[0]}
     return Conversation(turns, (turns[-1].content,), "chat", columns)
 
@@ -192,14 +233,18 @@ def _read_part(part: Any, place: str) -> str:
     raise Malformed(f"{place} is {kind}; only parts of type 'text' are read")
 
 
-def _read_system(value: dict[str, Any], fields: FieldsSpec) -> tuple[Turn, ...]:
-    column = fields.system or _first_present(value, SYSTEM_COLUMNS)
-    content = "" if column is None else _text(_reach(value, column), column)
+def _read_system(value: dict[str, Any], usual: _UsualColumns, fields: FieldsSpec) -> tuple[Turn, ...]:
+    column = fields.system or usual.system
+    if column is None:
+        return ()
+    content = _text(_reach(value, column), column)
     return (Turn("system", content),) if content.strip() else ()
 
 
-def _read_context(value: dict[str, Any], prompt: str, completion: str) -> str:
-    names = [name for name in CONTEXT_COLUMNS if name in value and name not in (prompt, completion)]
+def _read_context(value: dict[str, Any], usual: _UsualColumns, prompt: str, completion: str) -> str:
+    names = [name for name in usual.contexts if name not in (prompt, completion)]
+    if not names:
+        return ""
     return "\n".join(text for name in names if (text := _text(value[name], name)).strip())
 
 
@@ -210,19 +255,15 @@ def _read_references(answered: Any, column: str) -> tuple[str, ...]:
     return (_required_text(answered, column),)
 
 
-def _completion_column(value: dict[str, Any]) -> str | None:
-    prompt = _first_present(value, PROMPT_COLUMNS)
-    found = [name for name in COMPLETION_COLUMNS if value.get(name) is not None and name != prompt]
+def _completion_column(value: dict[str, Any], usual: _UsualColumns) -> str | None:
+    prompt = usual.prompts[0] if usual.prompts else None
+    found = [name for name in usual.completions if value[name] is not None and name != prompt]
     if len(found) > 1:
         raise Malformed(
             f"{' and '.join(found)} could each be the completion; choose with the source's fields.completion"
         )
     # A column of nulls is still the completion, so that the message is about the missing text.
-    return found[0] if found else _first_present(value, COMPLETION_COLUMNS)
-
-
-def _first_present(value: dict[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in value), None)
+    return found[0] if found else next(iter(usual.completions), None)
 
 
 def _is_messages(value: Any) -> bool:
@@ -256,19 +297,25 @@ def _required_text(value: Any, place: str) -> str:
 
 def _text(value: Any, place: str) -> str:
     """A field as text: null is empty, numbers are written as JSON writes them."""
+    if not isinstance(value, str):
+        return _plain_value(value, place)
+    if value.isascii():
+        return value
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Malformed(f"{place} holds half of a surrogate pair at character {error.start + 1}") from None
+    return value
+
+
+def _plain_value(value: Any, place: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    if not isinstance(value, str):
-        raise Malformed(f"{place} is {_kind(value)}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Malformed(f"{place} holds half of a surrogate pair at character {error.start + 1}") from None
-    return value
+    raise Malformed(f"{place} is {_kind(value)}, not text")
 
 
 def _kind(value: Any) -> str:

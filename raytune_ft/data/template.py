@@ -6,8 +6,8 @@ A template gives segments. What the model is given is not learned; what it answe
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,8 +21,7 @@ CHAT = "chat"
 RAW_TEXT = "text"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of text, tokenised by itself."""
 
     text: str
@@ -76,25 +75,37 @@ class TurnFormat:
         """Segments up to the last answer, and the text after it."""
         segments = []
         system = prompt = ""
-        end = self._fill(self.end)
+        opening, end, between = self._around_answers
         for turn in turns:
             if turn.role == "assistant":
-                segments.append(Segment(prompt + self._fill(self.opening), learned=False))
-                segments.append(Segment(self.lead + turn.text + end, learned=True, ends_turn=bool(end)))
-                prompt = self._fill(self.between)
+                segments.append(Segment(prompt + opening, False))
+                segments.append(Segment(self.lead + turn.text + end, True, bool(end)))
+                prompt = between
             elif turn.role == "system" and not self.system:
                 system += f"{turn.text}\n\n"
             else:
                 prompt += self._ask(turn, system)
                 system = ""
-        return tuple(segment for segment in segments if segment.text), prompt
+        return tuple([segment for segment in segments if segment.text]), prompt
+
+    @cached_property
+    def _around_answers(self) -> tuple[str, str, str]:
+        return self._fill(self.opening), self._fill(self.end), self._fill(self.between)
+
+    @cached_property
+    def _around_user(self) -> tuple[str, str]:
+        before, _, after = self.user.partition("{content}")
+        return self._fill(before), self._fill(after)
 
     def _ask(self, turn: Turn, system: str) -> str:
-        form = {"system": self.system, "user": self.user, "tool": self.tool}[turn.role]
+        if turn.role == "user":
+            if turn.context and self.user_with_context:
+                return self._fill(self.user_with_context, content=system + turn.content, context=turn.context)
+            before, after = self._around_user
+            return before + system + turn.text + after
+        form = self.system if turn.role == "system" else self.tool
         if not form:
             raise Malformed(f"template {self.name} has no place for a {turn.role} turn")
-        if turn.context and self.user_with_context and turn.role == "user":
-            return self._fill(self.user_with_context, content=system + turn.content, context=turn.context)
         return self._fill(form, content=system + turn.text)
 
     def _fill(self, form: str, **values: str) -> str:

@@ -1,8 +1,8 @@
 """From segments of text to token ids, with the learned ones marked."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import Literal, NamedTuple
 
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.records import Malformed, Turn
@@ -10,12 +10,18 @@ from raytune_ft.data.template import AUTO, RAW_TEXT, Segment, find_template
 from raytune_ft.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenised:
-    """An example: T token ids, and for each whether the loss counts it."""
+class Tokenised(NamedTuple):
+    """An example: T token ids, and which of them the loss counts."""
 
     input_ids: list[int]
-    learned: list[bool]
+    runs: list[int]
+    """Lengths of the runs of tokens that are by turns given and learned. The first and last may be 0; there
+    are as many of each kind."""
+
+    @property
+    def learned(self) -> list[bool]:
+        """For each token whether the loss counts it."""
+        return [is_learned for run, is_learned in zip(self.runs, cycle((False, True))) for _ in range(run)]
 
 
 def tokenise(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> list[Tokenised | None]:
@@ -28,7 +34,7 @@ def tokenise(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> list[To
     ends the turn. One by which the data happens to end is no end.
     """
     encoded = iter(encoder.encode([text for segments in examples for text in _texts(segments, encoder)]))
-    return [_join(segments, [next(encoded) for _ in segments], encoder) for segments in examples]
+    return [_join(segments, encoded, encoder) for segments in examples]
 
 
 def prompt_ids(segments: Sequence[Segment], encoder: Encoder) -> list[int]:
@@ -40,26 +46,40 @@ def prompt_ids(segments: Sequence[Segment], encoder: Encoder) -> list[int]:
 
 
 def _texts(segments: Sequence[Segment], encoder: Encoder) -> list[str]:
-    return [
-        s.text.removeprefix(" ") if encoder.adds_space and at else s.text for at, s in enumerate(segments)
-    ]
+    if not encoder.adds_space:
+        return [segment.text for segment in segments]
+    return [s.text.removeprefix(" ") if at else s.text for at, s in enumerate(segments)]
 
 
-def _join(segments: Sequence[Segment], encoded: Sequence[list[int]], encoder: Encoder) -> Tokenised | None:
-    input_ids = [token for ids in encoded for token in ids]
-    learned = [segment.learned for segment, ids in zip(segments, encoded, strict=True) for _ in ids]
-    if not any(learned):
+def _join(segments: Sequence[Segment], encoded: Iterable[list[int]], encoder: Encoder) -> Tokenised | None:
+    """The example of some segments; takes as many of the encoded texts."""
+    input_ids: list[int] = []
+    runs = [0]
+    # The segments come first: a text more must not be taken.
+    for segment, ids in zip(segments, encoded, strict=False):
+        if ids:
+            input_ids += ids
+            if segment.learned == (len(runs) % 2 == 0):
+                runs[-1] += len(ids)
+            else:
+                runs.append(len(ids))
+    if len(runs) == 1:
         return None
     if encoder.adds_bos and encoder.bos_id is not None and input_ids[0] != encoder.bos_id:
         input_ids.insert(0, encoder.bos_id)
-        learned.insert(0, False)
+        runs[0] += 1
     ends = encoder.end_ids if segments[-1].ends_turn else (encoder.eos_id,)
-    if learned[-1] and encoder.eos_id is not None and input_ids[-1] not in ends:
+    if len(runs) % 2 == 0 and encoder.eos_id is not None and input_ids[-1] not in ends:
         input_ids.append(encoder.eos_id)
-        learned.append(True)
-    # Nothing stands before the first token that could predict it.
-    learned[0] = False
-    return Tokenised(input_ids, learned) if any(learned) else None
+        runs[-1] += 1
+    if len(runs) % 2:
+        runs.append(0)
+    if runs[0] == 0:
+        # Nothing stands before the first token that could predict it.
+        runs[:2] = [1, runs[1] - 1]
+        if runs[1] == 0 and len(runs) > 2:
+            runs[:3] = [1 + runs[2]]
+    return Tokenised(input_ids, runs) if runs[1] else None
 
 
 def answer_start(learned: Sequence[bool]) -> int:
@@ -89,14 +109,11 @@ def fit(
     if excess <= 0:
         return example, "kept"
     first = int(keep_first)
-    removable = example.learned.index(True) - max(first, 1)
+    removable = example.runs[0] - max(first, 1)
     if too_long == "drop" or removable < excess:
         return None, "dropped"
-    kept = Tokenised(
-        example.input_ids[:first] + example.input_ids[first + excess :],
-        example.learned[:first] + example.learned[first + excess :],
-    )
-    return kept, "cut"
+    input_ids = example.input_ids[:first] + example.input_ids[first + excess :]
+    return Tokenised(input_ids, [example.runs[0] - excess, *example.runs[1:]]), "cut"
 
 
 def ask(prompt: str, template: str, encoder: Encoder, *, context: str = "") -> list[int]:

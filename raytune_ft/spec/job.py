@@ -112,6 +112,20 @@ class SourceSpec(Section):
     """Each epoch takes `weight` × the source's examples: 0.5 half of them, 2.0 each of them twice."""
 
 
+class MixtureSpec(Section):
+    """How much of each source an epoch takes: weight × min(examples, cap) ^ (1 / temperature), which at the
+    defaults is each example once (Raffel et al. 2020, section 3.5.2; Longpre et al. 2023)."""
+
+    cap: PositiveInt | None = None
+    """Count no more than this many examples of a source; null: all of them."""
+    temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    """Above 1, small sources are seen more often and large ones less, for the same length of an epoch."""
+    stop: Literal["quota", "first_exhausted", "all_exhausted", "steps"] = "quota"
+    """Where an epoch ends. `quota`: when each source has given its share; `first_exhausted`: when the first
+    source has been seen once; `all_exhausted`: when all have, the others again; `steps`: never, so that
+    `schedule.steps` decides."""
+
+
 class SplitSpec(Section):
     """Fractions by a hash of each example's input: equal inputs never stand on both sides."""
 
@@ -129,6 +143,7 @@ class SplitSpec(Section):
 
 class DataSpec(Section):
     sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
+    mixture: MixtureSpec = MixtureSpec()
     split: SplitSpec = SplitSpec()
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """Longest example, and longest packed row, in tokens."""
@@ -274,9 +289,9 @@ class JobSpec(Section):
                 f"method.kind = full trains every weight, and model.weight_bits = {self.model.weight_bits} "
                 "holds them frozen; use 16 or 32, or method.kind = lora"
             )
-        if self.cluster.workers > 1:
+        if self.data.mixture.stop == "steps" and self.schedule.steps is None:
             raise ValueError(
-                f"cluster.workers = {self.cluster.workers}: this version trains on 1 worker; set it to 1"
+                "data.mixture.stop = steps never ends an epoch; set schedule.steps, or choose another stop"
             )
         return self
 

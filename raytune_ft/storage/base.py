@@ -12,6 +12,8 @@ from raytune_ft.errors import BadInput
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin so are writes under way in a folder; they are never listed and never keys."""
+READ_BYTES = 256 << 10
+"""Asked of a store or disk at once; what a broken connection loses at most."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}")
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -31,9 +33,8 @@ class Storage(Protocol):
     """A place that holds named bytes: a folder or a bucket's prefix.
 
     Keys are relative to `uri` and separated by '/'. A key that `check_key` refuses is a ValueError: whoever
-    takes keys from users checks them first. Every method raises StorageError, or one of its kinds
-    (StorageDenied, StorageMissing, StorageFull), once the retries are spent. A storage holds no open
-    connection when it is pickled, and threads may share it.
+    takes keys from users checks them first. Every method raises StorageError, or one of its kinds, once the
+    retries are spent. A storage holds no open connection when it is pickled, and threads may share it.
     """
 
     @property
@@ -57,8 +58,19 @@ class Storage(Protocol):
     def read_or_none(self, key: str) -> bytes | None:
         """Whole content of an object, or None where there is none."""
 
-    def open(self, key: str) -> BinaryIO:
-        """Stream an object from its beginning. Raises StorageMissing where there is none."""
+    def open(self, key: str, start: int = 0, stop: int | None = None, *, etag: str | None = None) -> BinaryIO:
+        """Stream the bytes [start, stop) of an object, as far as it has them.
+
+        Args:
+            key: the object's.
+            start: first byte.
+            stop: the byte after the last one; None: to the end.
+            etag: the version that is meant, as a listing shows it; None: the one that is there.
+
+        Raises:
+            StorageMissing: there is no such object.
+            StorageChanged: it is another version, or becomes one while it is read.
+        """
 
     def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         """Objects whose keys begin with `prefix`, sorted by key as UTF-8 bytes, at all depths.

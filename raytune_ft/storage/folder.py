@@ -1,6 +1,7 @@
 """A local or mounted folder as a store."""
 
 import errno
+import io
 import os
 import shutil
 import uuid
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
-from raytune_ft.errors import StorageDenied, StorageError, StorageFull, StorageMissing
+from raytune_ft.errors import StorageChanged, StorageDenied, StorageError, StorageFull, StorageMissing
 from raytune_ft.storage.base import (
+    READ_BYTES,
     TEMPORARY_PREFIX,
     ObjectInfo,
     check_key,
@@ -56,10 +58,10 @@ class FolderStorage:
         except StorageMissing:
             return None
 
-    def open(self, key: str) -> BinaryIO:
-        """See Storage."""
-        with disk_errors(join_uri(self.uri, key)):
-            return (self.root / check_key(key)).open("rb")
+    def open(self, key: str, start: int = 0, stop: int | None = None, *, etag: str | None = None) -> BinaryIO:
+        """See Storage. A file that is replaced while it is read gives its old content to the end."""
+        body = _FileRange(self.root / check_key(key), join_uri(self.uri, key), start, stop, etag)
+        return cast(BinaryIO, io.BufferedReader(body, READ_BYTES))
 
     def info(self, key: str) -> ObjectInfo | None:
         """See Storage."""
@@ -158,6 +160,57 @@ class FolderStorage:
                 _sync_folder(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+class _FileRange(io.RawIOBase):
+    """Some bytes of a file as a raw stream, which looks after each read whether it is the same file still."""
+
+    def __init__(self, path: Path, place: str, start: int, stop: int | None, etag: str | None) -> None:
+        super().__init__()
+        self._place = place
+        self._stop = stop
+        self._offset = start
+        self._etag = etag
+        with disk_errors(place):
+            self._file = path.open("rb", buffering=0)
+            self._file.seek(start)
+        try:
+            self._check()
+        except StorageChanged:
+            self._file.close()
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        if self._stop is not None:
+            view = view[: max(0, self._stop - self._offset)]
+        with disk_errors(self._place):
+            count = self._file.readinto(view) if view else 0
+        self._check()
+        self._offset += count
+        return count
+
+    def readall(self) -> bytes:
+        # The inherited one reads 8 KiB at a time.
+        return b"".join(iter(lambda: self.read(READ_BYTES) or b"", b""))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _check(self) -> None:
+        if self._etag is None:
+            return
+        with disk_errors(self._place):
+            found = _describe("", os.fstat(self._file.fileno()))
+        if found.etag != self._etag:
+            raise StorageChanged(
+                f"{self._place}: changed: not version {self._etag} any more, but {found.etag}; run again"
+            )
 
 
 @contextmanager

@@ -12,8 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from raytune_ft.errors import StorageError
-from raytune_ft.storage.base import ObjectInfo, check_key, check_prefix, join_uri, key_problem, split_bucket
+from raytune_ft.errors import StorageChanged, StorageError
+from raytune_ft.storage.base import (
+    READ_BYTES,
+    ObjectInfo,
+    check_key,
+    check_prefix,
+    join_uri,
+    key_problem,
+    split_bucket,
+)
 from raytune_ft.storage.folder import copy_to_file, disk_errors
 from raytune_ft.storage.s3_requests import (
     BROKEN_CONNECTION,
@@ -21,6 +29,7 @@ from raytune_ft.storage.s3_requests import (
     OUTAGE_S,
     Exists,
     NoObject,
+    OutOfRange,
     S3Client,
     Transient,
     UploadGone,
@@ -31,8 +40,6 @@ from raytune_ft.storage.s3_requests import (
 PART_BYTES = 16 << 20
 """Files above this are uploaded in parts, so that a broken connection costs one part."""
 MAX_PARTS = 10_000
-READ_BYTES = 256 << 10
-"""Asked of a body at once; what a broken connection loses at most."""
 _UPLOAD_THREADS = 4
 
 
@@ -70,9 +77,10 @@ class S3Storage:
         except NoObject:
             return None
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str, start: int = 0, stop: int | None = None, *, etag: str | None = None) -> BinaryIO:
         """See Storage. Goes on at the same byte when the connection breaks."""
-        body = _ResumingBody(partial(self._send, "get_object", key), join_uri(self.uri, check_key(key)))
+        place = join_uri(self.uri, check_key(key))
+        body = _ResumingBody(partial(self._send, "get_object", key), place, start, stop, etag)
         return cast(BinaryIO, io.BufferedReader(body, READ_BYTES))
 
     def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
@@ -192,14 +200,19 @@ class S3Storage:
 
 
 class _ResumingBody(io.RawIOBase):
-    """An object's content as a raw stream, which asks for the rest after each broken connection."""
+    """Some bytes of an object as a raw stream, which asks for the rest after each broken connection."""
 
-    def __init__(self, get: Callable[..., Any], place: str) -> None:
+    def __init__(
+        self, get: Callable[..., Any], place: str, start: int, stop: int | None, etag: str | None
+    ) -> None:
         super().__init__()
         self._get = get
         self._place = place
-        self._offset = 0
-        self._etag: str | None = None
+        self._offset = start
+        self._stop = stop
+        self._expected = etag
+        # As the header wants it: a listing's etags have lost their quotes.
+        self._etag = None if etag is None else f'"{etag}"'
         self._body: Any = None
         # Asked for at once, so that a missing object shows in open() and not in the first read.
         retry(self._ask, place)
@@ -223,18 +236,32 @@ class _ResumingBody(io.RawIOBase):
             self._body = None
 
     def _ask(self) -> None:
-        condition = {"Range": f"bytes={self._offset}-", "IfMatch": self._etag} if self._offset else {}
+        condition = {} if self._etag is None else {"IfMatch": self._etag}
+        if self._offset or self._stop is not None:
+            # No range is empty; of one that should be, a byte is asked for and none read.
+            last = "" if self._stop is None else max(self._stop - 1, self._offset)
+            condition["Range"] = f"bytes={self._offset}-{last}"
         try:
             answer = self._get(**condition)
+        except OutOfRange:
+            self._body = io.BytesIO()  # The object ends before the first byte that is wanted.
+            return
         except Exists:
-            raise StorageError(f"{self._place}: changed while it was being read; run again") from None
+            if self._expected is None:
+                raise StorageChanged(f"{self._place}: changed while it was being read; run again") from None
+            raise StorageChanged(
+                f"{self._place}: changed: not version {self._expected} any more; run again"
+            ) from None
         self._etag, self._body = answer["ETag"], answer["Body"]
 
     def _read_some(self, buffer: Any) -> int:
+        wanted = READ_BYTES if self._stop is None else min(READ_BYTES, self._stop - self._offset)
+        if wanted <= 0:
+            return 0
         if self._body is None:
             self._ask()
         try:
-            count = int(self._body.readinto(memoryview(buffer)[:READ_BYTES]))
+            count = int(self._body.readinto(memoryview(buffer)[:wanted]))
         except BROKEN_CONNECTION as error:
             self._drop_body()
             raise Transient(f"the connection broke at byte {self._offset:,}") from error

@@ -79,6 +79,10 @@ class NoObject(StorageMissing):
     """The bucket may be there, the object is not."""
 
 
+class OutOfRange(StorageError):
+    """The object ends before the first byte that was asked for."""
+
+
 class UploadGone(StorageError):
     """No such multipart upload: aborted or completed."""
 
@@ -230,6 +234,8 @@ def _translate_answer(code: str, status: int, place: str, bucket: str, endpoint:
         return UploadGone(f"{place}: the upload was ended from outside; run again")
     if status == 412:
         return Exists(f"{place}: is there, or has changed")
+    if status == 416:
+        return OutOfRange(f"{place}: ends before the byte that was asked for")
     if status == 404:
         return NoObject(f"{place}: no such object; check the name")
     return StorageError(

@@ -1,34 +1,54 @@
-"""What the driver and the worker tell each other, and the function that Ray Train runs.
+"""What the driver and the workers tell each other, and the function that Ray Train runs.
 
-Driver, controller and worker all unpickle what stands here. Only the worker needs torch, whose import takes
-seconds and memory in each process; so it is imported when the worker runs.
+Driver, controller and workers all unpickle what stands here. Only the workers need torch, whose import takes
+seconds and memory in each process; so it is imported when a worker runs.
 """
 
 import logging
 from dataclasses import dataclass
 from typing import Any
 
+import ray.exceptions
+
+from raytune_ft.data.counts import DataCounts
+from raytune_ft.data.order import Course
+from raytune_ft.data.stream import WindowReader
+from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.spec import JobSpec
+from raytune_ft.train.placement import Placement
+from raytune_ft.train.progress import record_failure
 from raytune_ft.train.run import RunState
 
 
 @dataclass(frozen=True)
+class TrainingData:
+    """What the workers need of the prepared data."""
+
+    course: Course
+    windows: tuple[Window, ...]
+    contents: dict[int, Any]
+    """References to the contents of windows in Ray's object store: of all of them where the course is
+    counted, else of those that were surveyed."""
+    train_counts: dict[int, int]
+    """Training examples of these windows."""
+    reader: WindowReader
+    counts: DataCounts
+    """Of what was surveyed; estimated for the rest."""
+    described: dict[str, Any]
+    """What the record says of the data: fingerprint, templates, tokens that answers end with."""
+
+
+@dataclass(frozen=True)
 class Assignment:
-    """All that the driver tells the worker."""
+    """All that the driver tells the workers."""
 
     job: JobSpec
     state: RunState
-    data: dict[str, Any]
-    """What the record says of the data: fingerprint, counts, and the template of each source."""
-    end_ids: tuple[int, ...]
-    """Tokens that learned answers end with."""
-    tables: list[Any]
-    """References to the Arrow tables of the data pass, in Ray's object store."""
+    data: TrainingData
     channel: str
-    """Where the worker's events go: another for each launch, so that nobody reads an earlier driver's."""
-    use_gpu: bool
-    threads: int
+    """Where the workers' events go: another for each launch, so that nobody reads an earlier driver's."""
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -40,17 +60,37 @@ class Outcome:
     samples: list[dict[str, Any]]
     versions: dict[str, str]
     machine: dict[str, str]
+    data_counts: dict[str, Any]
+    """Counts of the data as it was read."""
+    bad: list[Any]
+    """Malformed records, the first of them."""
 
 
-def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError:
-    """Entry for Ray Train. Errors come back as a value: Ray would retry an exception."""
+def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None:
+    """Entry for Ray Train; the outcome is the first worker's.
+
+    Ray would retry an exception. So a single worker returns an error as a value. One of several notes it
+    where the driver looks, and then does raise, for the others wait for it and only Ray can end them; the
+    next attempt finds the note and returns it.
+    """
     from raytune_ft.train.worker import run_recipe
 
+    assignment = config["assignment"]
+    several = assignment.job.cluster.workers > 1
     try:
-        return run_recipe(config["assignment"])
+        return run_recipe(assignment)
     except RaytuneError as error:
-        return error
+        if not several:
+            return error
+        record_failure(assignment.channel, error)
+        raise
+    except ray.exceptions.RayError:
+        # Something was lost beside this worker, such as the node that holds the data: Ray starts anew.
+        raise
     except Exception as error:
+        if several:
+            # Most likely the loss of another worker, which Ray will hear of.
+            raise
         logging.getLogger(__name__).exception("the worker failed")
         reason = str(error).strip().partition("\n")[0][:300]
         return TrainingError(f"the worker failed: {type(error).__name__}: {reason}")

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from raytune_ft.methods.lora import set_step
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import OptimizerSpec
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.loss import Project, cross_entropy_sum
+from raytune_ft.train.loss import Project, cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.peers import Peers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,11 +87,13 @@ class BankEngine:
         *,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        peers: Peers = Peers(),
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
         self.device = next(model.parameters()).device
         self.seed = seed
+        self.peers = peers
         self.max_grad_norm = optimizer.max_grad_norm
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
@@ -101,7 +104,7 @@ class BankEngine:
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
 
-    def accumulate(self, batch: Batch, *, step: int, forward: int, learned_tokens: int) -> float:
+    def accumulate(self, batch: Batch, *, step: int, forward: int, divisor_G: Sequence[int]) -> list[float]:
         """See `Engine.accumulate`.
 
         Raises:
@@ -114,15 +117,25 @@ class BankEngine:
         torch.manual_seed((self.seed * _SEED_STRIDE + passes) % 2**63)
         self.model.train()
         try:
-            loss_sum = self.loss_sum(batch)
-            (loss_sum / learned_tokens).backward()  # type: ignore[no-untyped-call]  # torch does not type it
+            batch = batch.to(self.device)
+            scale_G = 1.0 / torch.tensor(divisor_G, dtype=torch.float32, device=self.device)
+            objective, sums_G = grouped_cross_entropy(
+                self._learned_hidden(batch),
+                batch.labels_N,
+                batch.group_N,
+                scale_G,
+                self._project,
+                self._head,
+                LOGITS_CHUNK_TOKENS,
+            )
+            objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
                 f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
             ) from None
         self._collect()
-        return float(loss_sum.detach())
+        return sums_G.tolist()
 
     def _collect(self) -> None:
         """Add the gradients of bfloat16 parameters to their float32 masters, where passes add up exactly."""
@@ -133,18 +146,18 @@ class BankEngine:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies of the learned tokens: hidden states for all, logits for those alone."""
-        batch = batch.to(self.device)
+    def _learned_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (N, D) of the positions that predict a learned token: only they get logits."""
         # Without an attention mask the model reads the borders of packed examples from the positions.
         output = self.model.base_model(
             input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
         )
-        hidden_ND = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predictor_N)
-        return cross_entropy_sum(hidden_ND, batch.labels_N, self._project, self._head, LOGITS_CHUNK_TOKENS)
+        hidden_ND: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predictor_N)
+        return hidden_ND
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""
+        self.peers.sum_gradients(self.masters.values())
         limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), limit)
         if torch.isfinite(norm):
@@ -162,7 +175,9 @@ class BankEngine:
     def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`."""
         self.model.eval()
-        return float(self.loss_sum(batch))
+        batch = batch.to(self.device)
+        hidden_ND = self._learned_hidden(batch)
+        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._project, LOGITS_CHUNK_TOKENS))
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""

@@ -16,6 +16,8 @@ class Tokens:
 
     input_ids: np.ndarray[tuple[int], np.dtype[np.int64]]
     learned: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    source: int = 0
+    """Place in `data.sources` of where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Batch:
     predictor_N: Tensor
     """Flat index b·T + t of the hidden state that predicts each learned token."""
     labels_N: Tensor
+    group_N: Tensor
+    """Whose loss each learned token counts in: the source of its example."""
     tokens: int
     """Tokens without padding."""
 
@@ -41,9 +45,23 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tensors = (self.input_ids_BT, self.position_ids_BT, self.predictor_N, self.labels_N)
-        ids, positions, predictor, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(ids, positions, predictor, labels, self.tokens)
+        tensors = (self.input_ids_BT, self.position_ids_BT, self.predictor_N, self.labels_N, self.group_N)
+        ids, positions, predictor, labels, group = (t.to(device, non_blocking=True) for t in tensors)
+        return Batch(ids, positions, predictor, labels, group, self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one worker computes of an optimizer step, and what all workers know of the whole of it."""
+
+    batches: Sequence[Batch]
+    """This worker's passes; none where it has no example of the step."""
+    examples: int
+    """Of the whole step, over all workers."""
+    digest: str
+    """Names the examples of the whole step and their order."""
+    sources: int
+    """Length of `data.sources`: `Batch.group_N` stays below it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,8 @@ class Layout:
     tokens_per_forward: int
 
     def batches(self, examples: Sequence[Tokens]) -> list[Batch]:
-        """The forward passes of one optimizer step."""
-        size = self.sequences_per_forward or len(examples)
+        """The forward passes of one optimizer step; none without examples."""
+        size = self.sequences_per_forward or max(1, len(examples))
         limit = None if self.sequences_per_forward else self.tokens_per_forward
         batches = []
         for start in range(0, len(examples), size):
@@ -98,7 +116,7 @@ def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
     width = max(sum(len(example.input_ids) for example in row) for row in rows)
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
-    predictors, labels = [], []
+    predictors, labels, groups = [], [], []
     tokens = 0
     for r, row in enumerate(rows):
         start = 0
@@ -110,8 +128,9 @@ def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
             learned = np.flatnonzero(example.learned[1:])
             predictors.append(learned + (r * width + start))
             labels.append(example.input_ids[learned + 1])
+            groups.append(np.full(len(learned), example.source))
             start += length
         tokens += start
-    arrays = (input_ids, position_ids, np.concatenate(predictors), np.concatenate(labels))
-    ids_BT, positions_BT, predictor_N, labels_N = (torch.from_numpy(array) for array in arrays)
-    return Batch(ids_BT, positions_BT, predictor_N, labels_N, tokens)
+    arrays = (input_ids, position_ids, *(np.concatenate(parts) for parts in (predictors, labels, groups)))
+    ids_BT, positions_BT, predictor_N, labels_N, group_N = (torch.from_numpy(array) for array in arrays)
+    return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, tokens)

@@ -10,7 +10,7 @@ from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.train.engine import Engine
 
 _POSITION_FILE = "position.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Position:
     """What `auto` became: a resumed run computes in the same order, even on another machine."""
     threads: int
     """CPU threads: sums are divided among them, so that their number is part of the result's last bits."""
+    workers: int
+    """How many trained; the same number goes on with the same bits."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What is known of the windows that were read; see `raytune_ft.data.ledger`."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """A report of every step so far: the loss curve survives a kill."""
     before: dict[str, Any] | None = None

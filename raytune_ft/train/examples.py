@@ -1,4 +1,4 @@
-"""The tokenised examples on the worker, as the Ray Data pass left them."""
+"""The held-out examples: those of the surveyed windows that are not for training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytune_ft.data.order import Mixture
 from raytune_ft.data.tokenise import answer_start
 from raytune_ft.train.batch import Tokens
 
@@ -21,14 +20,14 @@ class Question:
 
 
 class Examples:
-    """One split, in the order of the data: by source, then by the record's number in it.
+    """One split of the surveyed windows, in the order of the data.
 
     Token ids stay in the Arrow table; an example costs memory only while it is used.
     """
 
-    def __init__(self, table: pa.Table, split: str) -> None:
-        rows = table.filter(pa.compute.equal(table["split"], split))
-        self._table = rows.sort_by([("source", "ascending"), ("number", "ascending")]).combine_chunks()
+    def __init__(self, tables: Sequence[pa.Table], split: str) -> None:
+        rows = [table.filter(pa.compute.equal(table["split"], split)) for table in tables]
+        self._table = pa.concat_tables(rows).combine_chunks()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -37,11 +36,6 @@ class Examples:
         ids: np.ndarray[Any, Any] = self._table["input_ids"][number].values.to_numpy(zero_copy_only=False)
         learned = self._table["learned"][number].values.to_numpy(zero_copy_only=False)
         return Tokens(ids.astype(np.int64), learned.astype(np.bool_))
-
-    def mixture(self, weights: Sequence[float]) -> Mixture:
-        """How many examples each source has, with its weight."""
-        sizes = np.bincount(self._table["source"].to_numpy(), minlength=len(weights))
-        return Mixture(tuple(int(size) for size in sizes), tuple(weights))
 
     def spread(self, limit: int) -> list[int]:
         """At most `limit` example numbers, evenly over the split, so that each source has its share."""

@@ -18,31 +18,41 @@ from typing import Any, Self
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog
-from raytune_ft.data.prepare import PreparedData, prepare
+from raytune_ft.data.formats import BadRecord
+from raytune_ft.data.order import plan_course
+from raytune_ft.data.prepare import PreparedData, prepare, write_quarantine
 from raytune_ft.data.sources import fingerprint, list_objects
-from raytune_ft.errors import BadInput, RaytuneError, SpecError, TrainingError
+from raytune_ft.errors import RaytuneError, SpecError, TrainingError
 from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
 from raytune_ft.planner import check_max_tokens
 from raytune_ft.report import RunReport, write_report
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import arrow_filesystem, disk_errors
-from raytune_ft.tensorboard import ScalarLog
-from raytune_ft.train.assignment import Assignment, Outcome, train_worker
-from raytune_ft.train.progress import Event, EventReader
-from raytune_ft.train.run import Run, RunState, digest
+from raytune_ft.tensorboard import ScalarLog, step_scalars
+from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
+from raytune_ft.train.placement import place
+from raytune_ft.train.progress import Event, EventReader, recorded_failure
+from raytune_ft.train.run import Run, digest
 
 _QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 5.0
+_COLLECTIVE_TIMEOUT_S = 7200
+"""The others wait while the first worker evaluates and publishes. One that is lost is found by Ray."""
 OnEvent = Callable[[Event], None]
 
 
 def train(
-    job: JobSpec, output: Path, *, restart: bool = False, on_event: OnEvent = lambda _: None
+    job: JobSpec,
+    output: Path,
+    *,
+    restart: bool = False,
+    cache: bool = True,
+    on_event: OnEvent = lambda _: None,
 ) -> dict[str, Any]:
     """Run a job to a published adapter, or go on with it where it stopped.
 
@@ -50,6 +60,7 @@ def train(
         job: the checked job file.
         output: local folder for report, resolved job, result, quarantine and TensorBoard scalars.
         restart: forget the run's checkpoints and result, and begin anew.
+        cache: keep tokenised windows in the catalog's bucket, and take from there what another run tokenised.
         on_event: hears of every phase and step while the run goes on.
 
     Returns:
@@ -76,13 +87,17 @@ def train(
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizer = pool.submit(load_tokenizer, job.model)
         with ray_session():
+            placement = place(job.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             on_event({"phase": "data"})
-            data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result())
+            data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
             state = run.begin(data.fingerprint, base)
+            assignment = Assignment(job, state, _training_data(job, data), uuid.uuid4().hex, placement)
             on_event({"phase": "start"})
-            outcome = _run_worker(job, run, state, data, output, on_event)
+            outcome = _run_workers(assignment, run, output, on_event)
     result = {**outcome.result, "seconds": time.perf_counter() - began}
-    _keep(job, result, outcome, data, output)
+    if outcome.bad:
+        write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
+    _keep(assignment, result, outcome, output)
     run.finish(result, inputs)
     return result
 
@@ -139,35 +154,43 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _run_worker(
-    job: JobSpec, run: Run, state: RunState, data: PreparedData, output: Path, on_event: OnEvent
-) -> Outcome:
-    use_gpu = _use_gpu(job)
-    threads = 1 if use_gpu else _largest_node_cpus()
-    assignment = Assignment(
-        job=job,
-        state=state,
-        data={
+def _training_data(job: JobSpec, data: PreparedData) -> TrainingData:
+    course = plan_course(
+        data.shapes,
+        job.data,
+        counted=data.complete,
+        sequences_per_step=job.batch.sequences,
+        epochs=job.schedule.epochs,
+        steps=job.schedule.steps,
+    )
+    return TrainingData(
+        course=course,
+        windows=data.windows,
+        contents=dict(data.contents),
+        train_counts={number: report.counts.train for number, report in data.reports.items()},
+        reader=data.reader,
+        counts=data.counts,
+        described={
             "fingerprint": data.fingerprint,
-            "counts": data.counts.to_json(),
             "templates": data.templates,
             "end_ids": data.end_ids,
+            "task_epochs": course.task_epochs,
         },
-        end_ids=data.end_ids,
-        tables=data.examples.to_arrow_refs(),
-        channel=uuid.uuid4().hex,
-        use_gpu=use_gpu,
-        threads=threads,
     )
+
+
+def _run_workers(assignment: Assignment, run: Run, output: Path, on_event: OnEvent) -> Outcome:
+    job = assignment.job
     filesystem, path = arrow_filesystem(run.parent_uri)
     trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
             num_workers=job.cluster.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": threads} | _gpu(use_gpu),
+            use_gpu=assignment.placement.use_gpu,
+            resources_per_worker=assignment.placement.resources,
         ),
+        backend_config=_backend(job),
         run_config=RunConfig(
             name=run.id,
             storage_path=path,
@@ -176,18 +199,34 @@ def _run_worker(
             checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
         ),
     )
-    try:
-        with _Follower(assignment.channel, output / "tensorboard", on_event) as follower:
+    with _Follower(assignment.channel, output, on_event) as follower:
+        try:
             returned = _fit(trainer, follower.take).return_value
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise TrainingError(
-            f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
-            f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
-        ) from error
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            noted = recorded_failure(assignment.channel)
+            if noted is None:
+                raise _lost(job, error) from error
+            returned = noted
     if isinstance(returned, RaytuneError):
         raise returned
     outcome: Outcome = returned
     return outcome
+
+
+def _lost(job: JobSpec, error: BaseException) -> TrainingError:
+    return TrainingError(
+        f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
+        f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
+    )
+
+
+def _backend(job: JobSpec) -> BackendConfig:
+    """How workers find each other. One alone needs nobody, and the driver no torch."""
+    if job.cluster.workers == 1:
+        return BackendConfig()
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S)
 
 
 def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.train.Result:
@@ -210,21 +249,6 @@ def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.tra
     return ended.result()
 
 
-def _use_gpu(job: JobSpec) -> bool:
-    there = ray.cluster_resources().get("GPU", 0)
-    if job.cluster.device == "gpu" and not there:
-        raise BadInput("cluster.device = gpu: the cluster has no GPU; add a GPU node, or use device: auto")
-    return bool(there) and job.cluster.device != "cpu"
-
-
-def _gpu(use_gpu: bool) -> dict[str, float]:
-    return {"GPU": 1} if use_gpu else {}
-
-
-def _largest_node_cpus() -> int:
-    return max(1, *(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]))
-
-
 def _cause(error: BaseException) -> str:
     """The innermost reason, in one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
@@ -236,9 +260,10 @@ def _cause(error: BaseException) -> str:
 class _Follower:
     """Turns the worker's events into scalars and into what a display shows; a repeated step counts once."""
 
-    def __init__(self, channel: str, folder: Path, on_event: OnEvent) -> None:
+    def __init__(self, channel: str, output: Path, on_event: OnEvent) -> None:
         self._reader = EventReader(channel)
-        self._scalars = ScalarLog(folder)
+        self._scalars = ScalarLog(output / "tensorboard")
+        self._quarantine = output / _QUARANTINE_FILE
         self._on_event = on_event
         self._step = 0
 
@@ -253,46 +278,38 @@ class _Follower:
     def take(self) -> None:
         """Handle all events that have come."""
         for event in self._reader.read():
+            if "bad" in event:
+                write_quarantine([BadRecord(**record) for record in event["bad"]], self._quarantine)
+                continue
             history = event.pop("history", [])
             for entry in history:
-                if entry["step"] > self._step:
+                if entry["step"] >= self._step:
                     self._step = entry["step"]
-                    self._scalars.write(entry["step"], _scalars(entry))
+                    self._scalars.write(entry["step"], step_scalars(entry))
             if history:
                 last = history[-1]
                 event |= {"step": last["step"], "loss": last["loss"], "tokens_per_second": _speed(history)}
             self._on_event(event)
 
 
-def _scalars(entry: dict[str, Any]) -> dict[str, float]:
-    named = {
-        "train/loss": entry["loss"],
-        "train/learning_rate": entry["learning_rate"],
-        "train/grad_norm": entry["grad_norm"],
-        "train/tokens_per_second": _speed([entry]),
-    }
-    if "validation_loss" in entry:
-        named["validation/loss"] = entry["validation_loss"]
-    return named
-
-
 def _speed(history: list[dict[str, Any]]) -> float:
     return float(sum(entry["tokens"] for entry in history) / sum(entry["seconds"] for entry in history))
 
 
-def _keep(job: JobSpec, result: dict[str, Any], outcome: Outcome, data: PreparedData, output: Path) -> None:
+def _keep(assignment: Assignment, result: dict[str, Any], outcome: Outcome, output: Path) -> None:
     """Write what a person reads afterwards."""
     report = RunReport(
-        title=job.name,
-        job=job.resolved(),
+        title=assignment.job.name,
+        job=assignment.job.resolved(),
         result=result,
         history=outcome.history,
         scores_before=result["scores_before"],
         scores_after=result["scores_after"],
         samples=outcome.samples,
-        data_counts=data.counts.to_json(),
+        data_counts=outcome.data_counts,
         machine=outcome.machine,
         versions=outcome.versions,
+        task_epochs=assignment.data.course.task_epochs,
     )
     with disk_errors(str(output)):
         (output / "result.json").write_text(json.dumps(result) + "\n")

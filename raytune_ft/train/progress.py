@@ -1,20 +1,37 @@
-"""Events from the worker to the driver, through the cluster's key-value store.
+"""Events and failures from the workers to the driver, through the cluster's key-value store.
 
 The store lives in Ray's control service, so a watcher needs no actor of its own, and an event outlives the
 worker that wrote it.
 """
 
 import json
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from raytune_ft.errors import RaytuneError
+
 Event = dict[str, Any]
 
 
-def _key(channel: str, number: int) -> bytes:
-    return f"raytune_ft/{channel}/{number}".encode()
+def _key(channel: str, name: int | str) -> bytes:
+    return f"raytune_ft/{channel}/{name}".encode()
+
+
+def record_failure(channel: str, error: RaytuneError) -> None:
+    """Note why a run cannot go on; the first to note it is kept."""
+    _internal_kv_put(_key(channel, "failure"), pickle.dumps(error), overwrite=False)
+
+
+def recorded_failure(channel: str) -> RaytuneError | None:
+    """What a worker of this launch noted, in any attempt."""
+    noted = _internal_kv_get(_key(channel, "failure"))
+    if noted is None:
+        return None
+    error: RaytuneError = pickle.loads(noted)  # noqa: S301  written by `record_failure` in this cluster
+    return error
 
 
 class EventWriter:
@@ -50,4 +67,5 @@ class EventReader:
         """Leave nothing in the store."""
         for _ in self.read():
             pass
-        _internal_kv_del(_key(self._channel, -1))
+        for name in (-1, "failure"):
+            _internal_kv_del(_key(self._channel, name))

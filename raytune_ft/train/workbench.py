@@ -1,6 +1,6 @@
 """Setting up a worker: the base on its device, what is trained on it, and the state that it goes on from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from raytune_ft.train.assignment import Assignment
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout
 from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Workbench:
     """Where the run goes on: at step 0, or where the checkpoint stands."""
 
 
-def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
+def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Workbench:
     """Load the base and add the method; `engine.load` then restores a checkpoint.
 
     Raises:
@@ -45,7 +46,7 @@ def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
         DataError: the checkpoint was trained on other data.
     """
     job = assignment.job
-    device = _device(assignment.use_gpu)
+    device = _device(assignment.placement.use_gpu)
     tokenizer = load_tokenizer(job.model)
     position = _position(assignment, checkpoint, model_folder(job.model.path), device)
     _compute_alike(position.threads, device)
@@ -58,6 +59,7 @@ def set_up(assignment: Assignment, checkpoint: Path | None) -> Workbench:
         job.optimizer,
         seed=job.data.seed,
         gradient_checkpointing=job.model.gradient_checkpointing,
+        peers=peers,
     )
     return Workbench(
         model, tokenizer, engine, _layout(job, position.choice, tokenizer.pad_token_id), position
@@ -68,12 +70,16 @@ def _position(
     assignment: Assignment, checkpoint: Path | None, folder: Path, device: torch.device
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
-    if checkpoint:
-        return read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
-    choice = choose(assignment.job, read_facts(folder), _memory_bytes(device))
-    return Position(
-        step=0, data_fingerprint=fingerprint, base_digest=digest, choice=choice, threads=assignment.threads
-    )
+    kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
+    if kept and kept.workers == assignment.job.cluster.workers:
+        return kept
+    placement = assignment.placement
+    shared = 1 if placement.use_gpu else placement.workers_per_node
+    choice = choose(assignment.job, read_facts(folder), _memory_bytes(device) // shared)
+    workers = assignment.job.cluster.workers
+    if kept:
+        return replace(kept, choice=choice, threads=placement.threads, workers=workers)
+    return Position(0, fingerprint, digest, choice, placement.threads, workers)
 
 
 def _device(use_gpu: bool) -> torch.device:

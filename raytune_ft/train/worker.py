@@ -7,48 +7,63 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.train
 
 from raytune_ft.catalog import AdapterRecord
-from raytune_ft.data.order import Course, plan_course
+from raytune_ft.data.counts import Counts
+from raytune_ft.data.examples import decode
+from raytune_ft.data.ledger import Ledger
+from raytune_ft.errors import DataError, RaytuneError
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assess import Assessment, assess, split_loss
-from raytune_ft.train.assignment import Assignment, Outcome
+from raytune_ft.train.assignment import Assignment, Outcome, TrainingData
+from raytune_ft.train.batch import Step
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.examples import Examples
+from raytune_ft.train.feed import open_feed
 from raytune_ft.train.loop import fit
-from raytune_ft.train.progress import EventWriter
+from raytune_ft.train.peers import Peers
+from raytune_ft.train.progress import EventWriter, recorded_failure
 from raytune_ft.train.publish import library_versions, machine, publish
 from raytune_ft.train.recorder import Recorder
 from raytune_ft.train.schedule import learning_rate
+from raytune_ft.train.steps import Steps, ahead
 from raytune_ft.train.workbench import Workbench, set_up
 
 _SAMPLES = 24
+_TOLD_BAD_RECORDS = 1000
 _NOT_ASSESSED: dict[str, Any] = {"scores": None, "answers": []}
 
 
-def run_recipe(assignment: Assignment) -> Outcome:
-    """Load, assess, train, assess, publish."""
+def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
+    """Load, assess, train, assess, publish. The first worker does what is done once.
+
+    Returns:
+        The first worker's outcome, or what ended an earlier attempt of this launch for good.
+    """
+    if failure := recorded_failure(assignment.channel):
+        return failure
     began = time.perf_counter()
-    job = assignment.job
+    job, data = assignment.job, assignment.data
+    peers = Peers.current()
     events = EventWriter(assignment.channel)
-    table = pa.concat_tables(ray.get(assignment.tables))
-    train, validation, test = (Examples(table, split) for split in ("train", "validation", "test"))
-    course = _course(job, train)
-    events.write({"phase": "load"})
+    ledger = _ledger(job, data)
+    held_out = [decode(ray.get(content)).table for _, content in sorted(data.contents.items())]
+    validation, test = (Examples(held_out, split) for split in ("validation", "test"))
+    first = peers.rank == 0
+    if first:
+        events.write({"phase": "load"})
 
     def test_now(phase: str) -> Assessment | None:
-        if not job.evaluate.metrics or not len(test):
+        if not first or not job.evaluate.metrics or not len(test):
             return None
         events.write({"phase": phase})
-        return assess(
-            bench.model, bench.tokenizer, bench.engine, test, bench.layout, job.evaluate, assignment.end_ids
-        )
+        end_ids = data.described["end_ids"]
+        return assess(bench.model, bench.tokenizer, bench.engine, test, bench.layout, job.evaluate, end_ids)
 
     with _latest_checkpoint() as checkpoint:
-        bench = set_up(assignment, checkpoint)
+        bench = set_up(assignment, checkpoint, peers)
         position = bench.position
         how = job.evaluate.model_dump(mode="json")
         # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
@@ -57,30 +72,38 @@ def run_recipe(assignment: Assignment) -> Outcome:
             position = replace(position, before={"how": how, **(asdict(found) if found else _NOT_ASSESSED)})
         if checkpoint:
             bench.engine.load(checkpoint)
-    position = _train(job, bench, position, course, train, validation, events)
+            ledger.restore(position.data)
+    steps = Steps(data.course, open_feed(data, peers.rank, peers.count), ledger)
+    position = _train(job, bench, position, steps, ledger, validation, events, peers)
     after = test_now("evaluate after")
+    if not first:
+        return None
     events.write({"phase": "publish"})
+    whole = len(ledger.train_counts) == len(data.windows)
+    counts = (
+        replace(data.counts, sources=tuple(ledger.sources), estimated=False) if whole else data.counts
+    ).to_json()
     record = publish(
         job,
         assignment.state,
         position,
-        assignment.data,
+        {**data.described, "counts": counts},
         after.scores if after else None,
         bench.model,
         bench.tokenizer,
     )
     result = _result(job, record, position, bench.engine.peak_memory_bytes(), time.perf_counter() - began)
     samples = _samples(job, test, bench.tokenizer, position.before, after)
-    return Outcome(result, position.history, samples, library_versions(), machine())
+    return Outcome(result, position.history, samples, library_versions(), machine(), counts, list(ledger.bad))
 
 
-def _course(job: JobSpec, train: Examples) -> Course:
-    return plan_course(
-        train.mixture([source.weight for source in job.data.sources]),
-        seed=job.data.seed,
-        sequences_per_step=job.batch.sequences,
-        epochs=job.schedule.epochs,
-        steps=job.schedule.steps,
+def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
+    counted = data.course.counted
+    return Ledger(
+        sources=list(data.counts.sources) if counted else [Counts() for _ in job.data.sources],
+        records=data.counts.total.records,
+        max_bad_fraction=job.data.max_bad_fraction,
+        train_counts=dict(data.train_counts) if counted else {},
     )
 
 
@@ -88,10 +111,11 @@ def _train(
     job: JobSpec,
     bench: Workbench,
     position: Position,
-    course: Course,
-    train: Examples,
+    steps: Steps,
+    ledger: Ledger,
     validation: Examples,
     events: EventWriter,
+    peers: Peers,
 ) -> Position:
     """The steps from `position` to the end of the course; where that is."""
 
@@ -99,20 +123,39 @@ def _train(
         chosen = validation.sample(job.evaluate.max_examples)
         return split_loss(bench.engine, chosen, bench.layout, job.batch.sequences) if chosen else None
 
-    total = course.total_steps
-    events.write({"phase": "train", "step": position.step, "steps": total, "history": position.history})
-    recorder = Recorder(bench.engine, position, total, job.checkpoint.every_steps, events, validate)
-    fit(
-        bench.engine,
-        (
-            bench.layout.batches([train[number] for number in numbers])
-            for numbers in course.steps(position.step)
-        ),
-        start=position.step,
-        learning_rate=lambda step: learning_rate(step, total, job.schedule, job.optimizer.learning_rate),
-        report=recorder,
+    total = steps.total
+    if peers.rank == 0:
+        events.write({"phase": "train", "step": position.step, "steps": total, "history": position.history})
+    recorder = Recorder(
+        bench.engine, position, total, job.checkpoint.every_steps, events, validate, peers, ledger.to_json
     )
-    return recorder.position
+    with (
+        _told(ledger, events, peers),
+        ahead(steps.share_of(peers.rank, peers.count, position.step)) as coming,
+    ):
+        fit(
+            bench.engine,
+            (
+                Step(bench.layout.batches(step.own), step.examples, step.digest, len(job.data.sources))
+                for step in coming
+            ),
+            start=position.step,
+            learning_rate=lambda step: learning_rate(step, total, job.schedule, job.optimizer.learning_rate),
+            report=recorder,
+            peers=peers,
+        )
+    return recorder.finish()
+
+
+@contextmanager
+def _told(ledger: Ledger, events: EventWriter, peers: Peers) -> Iterator[None]:
+    """Where the data ends the run, tell the driver which records were malformed."""
+    try:
+        yield
+    except DataError:
+        if peers.rank == 0:
+            events.write({"bad": ledger.to_json()["bad"][:_TOLD_BAD_RECORDS]})
+        raise
 
 
 def _result(

@@ -19,7 +19,7 @@ from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 from raytune_ft.train.bank import BankEngine
-from raytune_ft.train.batch import Layout, Tokens
+from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.schedule import learning_rate
 
@@ -50,7 +50,7 @@ def losses(name: str, base: Path) -> list[float]:
     reports: list[StepReport] = []
     fit(
         engine,
-        (layout.batches(examples) for _ in range(STEPS)),
+        (Step(layout.batches(examples), len(examples), "", 1) for _ in range(STEPS)),
         start=0,
         learning_rate=lambda step: learning_rate(
             step, STEPS, ScheduleSpec(warmup=0.1), optimizer.learning_rate

@@ -11,7 +11,7 @@ from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
 from raytune_ft.train.bank import BankEngine
-from raytune_ft.train.batch import Batch, Layout, Tokens
+from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.probe import check_isolation
 
@@ -26,11 +26,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
 
 
-def steps(count: int) -> list[list[Batch]]:
+def steps(count: int) -> list[Step]:
     layout = Layout(True, 64, 2, None, 4096)
     random = np.random.default_rng(0)
     examples = [Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2) for n in (9, 14, 5, 22)]
-    return [layout.batches(examples)] * count
+    return [Step(layout.batches(examples), 4, "", 1)] * count
 
 
 def train(
@@ -92,9 +92,9 @@ def test_gradient_checkpointing_needs_less_memory(base: Path) -> None:
 def test_resumes_with_the_same_loss(base: Path, tmp_path: Path) -> None:
     engine, _ = train(base, bits=4, device="cuda", kind="paged_adamw_8bit")
     engine.save(tmp_path)
-    before = engine.evaluate(steps(1)[0][0])
+    before = engine.evaluate(steps(1)[0].batches[0])
     engine.load(tmp_path)
-    assert engine.evaluate(steps(1)[0][0]) == before
+    assert engine.evaluate(steps(1)[0].batches[0]) == before
 
 
 def test_the_tokenizer_pads_on_the_device(base: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import tiny
@@ -59,7 +61,7 @@ def job(base: Path, capitals: Path, tmp_path: Path) -> JobSpec:
     return make_job(base, capitals, tmp_path / "catalog")
 
 
-def make_job(base: Path, data: Path, catalog: Path | str, **changes: Any) -> JobSpec:
+def make_job(base: Path, data: Path, catalog: Path | str, /, **changes: Any) -> JobSpec:
     """A job of 12 steps in 32 bits; `changes` replace whole sections."""
     values: dict[str, Any] = {
         "name": "capitals",
@@ -74,3 +76,16 @@ def make_job(base: Path, data: Path, catalog: Path | str, **changes: Any) -> Job
         "publish": {"catalog": str(catalog)},
     }
     return parse_job({**values, **changes})
+
+
+def kill_worker_after_step(step: int, killed: list[int]) -> Callable[[dict[str, Any]], None]:
+    """An `on_event` that kills the training process once, as soon as `step` is done."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event.get("step", -1) >= step and not killed:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in process.name():
+                    killed.append(process.pid)
+                    os.kill(process.pid, signal.SIGKILL)
+
+    return on_event

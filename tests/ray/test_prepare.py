@@ -1,8 +1,6 @@
-"""The data pass through a small local Ray."""
+"""What is known before training, through a small local Ray."""
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +8,21 @@ import pytest
 import ray
 import tiny
 
+import raytune_ft.data.prepare as prepare_module
 from raytune_ft.cli.data import data_command
-from raytune_ft.data.counts import check_counts
+from raytune_ft.data.counts import Survey, check_counts
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import SCHEMA, tokenise_object
-from raytune_ft.data.prepare import PreparedData, prepare
-from raytune_ft.data.sources import list_objects
-from raytune_ft.errors import DataError, StorageError
+from raytune_ft.data.examples import decode, tokenise_window
+from raytune_ft.data.index import divide
+from raytune_ft.data.prepare import PreparedData, prepare, surveyed
+from raytune_ft.data.sources import fingerprint, list_objects
+from raytune_ft.data.windows import Window
+from raytune_ft.errors import DataError
 from raytune_ft.spec import JobSpec, parse_job
 
-pytestmark = [
-    pytest.mark.ray,
-    # Ray Data copies its own context, and warns about fields of it.
-    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\.context"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 TOKENIZER = tiny.tokenizer()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Ray announces changes of its own defaults.
-        warnings.simplefilter("ignore")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-    yield
-    ray.shutdown()
 
 
 def job(folder: Path, *sources: dict[str, Any], **data: Any) -> JobSpec:
@@ -67,46 +48,120 @@ def pairs(count: int, prompt: str = "say") -> list[dict[str, str]]:
 
 
 def rows(prepared: PreparedData) -> list[dict[str, Any]]:
-    return list(prepared.examples.take_all())
+    """Examples of all windows that were read, in the order of the windows."""
+    contents = [prepared.contents[number] for number in sorted(prepared.contents)]
+    return [row for content in ray.get(contents) for row in decode(content).table.to_pylist()]
 
 
-def test_pass_equals_reading_in_process(tmp_path: Path) -> None:
+def test_survey_of_small_data_is_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytune_ft.data.index.WINDOW_BYTES", 20_000)
     for name in "cab":
         write(tmp_path, f"many/{name}.jsonl", [*pairs(50, name), "no record"])
-    one = write(tmp_path, "one.json", pairs(2000, "one"))
+    one = write(tmp_path, "one.jsonl", pairs(2000, "one"))
     spec = job(
         tmp_path, {"uri": one}, {"uri": str(tmp_path / "many"), "template": "qa"}, max_bad_fraction=0.1
     )
     prepared = prepare(spec, tokenizer=TOKENIZER)
     expected: list[dict[str, Any]] = []
-    reports = []
+    reports = {}
+    windows: list[Window] = []
     for index, found in enumerate(list_objects(spec.data)):
-        reading = tokenise_object(found, index, spec.data, Encoder.of(TOKENIZER))
-        while True:
-            try:
-                expected += next(reading).to_pylist()
-            except StopIteration as finished:
-                reports.append(finished.value)
-                break
+        for window in divide(found, index, "auto", None):
+            tokenised = tokenise_window(found, window, spec.data, Encoder.of(TOKENIZER))
+            expected += tokenised.table.to_pylist()
+            reports[len(windows)] = tokenised.report
+            windows.append(window)
     assert rows(prepared) == expected
-    assert prepared.examples.schema().names == SCHEMA.names
-    assert prepared.counts == check_counts(reports, spec.data, None)
+    assert prepared.windows == tuple(windows)
+    assert len(windows) > 5
+    assert prepared.reports == reports
+    assert prepared.complete
+    assert prepared.counts == check_counts(Survey(windows, reports), spec.data, None)
+    assert prepared.examples == tuple(counts.train for counts in prepared.counts.sources)
     assert [bad.place for bad in prepared.bad] == [f"{tmp_path}/many/{name}.jsonl:line 51" for name in "abc"]
     assert prepared.end_ids == (TOKENIZER.eos_token_id,)
     assert prepared.templates == ("plain", "qa")
-    assert [Path(found.uri).name for found in prepared.objects] == [
-        "one.json",
-        "a.jsonl",
-        "b.jsonl",
-        "c.jsonl",
-    ]
+    assert [Path(found.uri).stem for found in prepared.objects] == ["one", "a", "b", "c"]
+    assert prepared.fingerprint == fingerprint(prepared.objects)
+    one_shape, many_shape = prepared.shapes
+    assert one_shape.sizes == tuple(reports[number].counts.train for number in one_shape.windows)
+    assert (sum(one_shape.sizes), sum(many_shape.sizes)) == prepared.examples
+    assert one_shape.windows + many_shape.windows == tuple(range(len(windows)))
 
 
-def test_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
-    first = prepare(job(tmp_path, {"uri": write(tmp_path, "a.jsonl", pairs(30))}), tokenizer=TOKENIZER)
-    again = prepare(job(tmp_path, {"uri": write(tmp_path, "b.jsonl", pairs(30))}), tokenizer=TOKENIZER)
-    other = prepare(job(tmp_path, {"uri": write(tmp_path, "c.jsonl", pairs(31))}), tokenizer=TOKENIZER)
-    assert first.fingerprint == again.fingerprint != other.fingerprint
+def test_survey_of_large_data_is_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytune_ft.data.index.WINDOW_BYTES", 2000)
+    monkeypatch.setattr(prepare_module, "SURVEY_BYTES", 10_000)
+    large = write(tmp_path, "large.jsonl", pairs(4000, "large"))
+    small = write(tmp_path, "small.jsonl", pairs(100, "small"))
+    prepared = prepare(job(tmp_path, {"uri": large}, {"uri": small}), tokenizer=TOKENIZER)
+    assert not prepared.complete
+    assert prepared.counts.estimated
+    assert prepared.contents.keys() == prepared.reports.keys()
+    by_source = [sum(prepared.windows[n].source == at for n in prepared.reports) for at in (0, 1)]
+    assert by_source == [4, min(4, sum(window.source for window in prepared.windows))]
+    counts = prepared.counts.sources
+    assert [found.records for found in counts] == [pytest.approx(4000, rel=0.1), pytest.approx(100, rel=0.1)]
+    assert prepared.examples == tuple(found.train for found in counts)
+    assert sum(prepared.shapes[0].sizes) == Path(large).stat().st_size
+    # Any window can still be read.
+    unread = next(number for number in range(len(prepared.windows)) if number not in prepared.reports)
+    assert decode(prepared.reader.read(prepared.windows[unread])).table.num_rows > 10
+
+
+def test_sample_is_even_over_each_source() -> None:
+    def windows(source: int, count: int, size_bytes: int) -> list[Window]:
+        return [
+            Window(source, source, part, "bytes", part, part + 1, size_bytes, "jsonl")
+            for part in range(count)
+        ]
+
+    whole = [*windows(0, 100, 1 << 20), *windows(1, 1, 5), *windows(2, 7, 1 << 20)]
+    assert surveyed(whole) == [25, 75, 100, 102, 106]
+    empty_first = [*windows(0, 50, 0), *windows(0, 1, 100 << 20)]
+    assert surveyed(empty_first) == [50]
+    many = [window for source in range(40) for window in windows(source, 3, 1 << 20)]
+    assert [many[number].source for number in surveyed(many)] == list(range(40))
+
+
+def test_many_objects_share_tasks(tmp_path: Path) -> None:
+    for number in range(300):
+        write(tmp_path, f"many/{number:03}.jsonl", pairs(2, f"file {number}"))
+    prepared = prepare(job(tmp_path, {"uri": str(tmp_path / "many")}), tokenizer=TOKENIZER)
+    assert [window.object for window in prepared.windows] == list(range(300))
+    assert prepared.counts.total.records == 600
+    assert prepared.counts.objects == (300,)
+
+
+def test_an_unreadable_one_of_many_objects(tmp_path: Path) -> None:
+    for number in range(100):
+        write(tmp_path, f"many/{number:03}.jsonl", pairs(1))
+    broken = tmp_path / "many" / "077.jsonl"
+    broken.write_bytes(b"\xff\xfea")
+    with pytest.raises(DataError) as raised:
+        prepare(job(tmp_path, {"uri": str(tmp_path / "many")}), tokenizer=TOKENIZER)
+    assert str(raised.value) == f"{broken}: the text is UTF-16; save it as UTF-8"
+
+
+def test_contents_outlive_the_execution_and_the_files(tmp_path: Path) -> None:
+    uri = write(tmp_path, "a.jsonl", pairs(30))
+    prepared = prepare(job(tmp_path, {"uri": uri}), tokenizer=TOKENIZER, cache=False)
+    Path(uri).unlink()
+    assert len(rows(prepared)) == 30
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_the_next_pass_takes_what_this_one_kept(tmp_path: Path) -> None:
+    spec = job(tmp_path, {"uri": write(tmp_path, "a.jsonl", pairs(30))})
+    first = prepare(spec, tokenizer=TOKENIZER)
+    (entry,) = (tmp_path / "catalog" / "cache" / "tokens").iterdir()
+    # Another content under the same name tells where the second pass took it from.
+    key = entry.relative_to(tmp_path / "catalog" / "cache").as_posix()
+    other = job(tmp_path, {"uri": write(tmp_path, "b.jsonl", pairs(5))})
+    (content,) = ray.get(list(prepare(other, tokenizer=TOKENIZER, cache=False).contents.values()))
+    (tmp_path / "catalog" / "cache" / key).write_bytes(content)
+    assert prepare(spec, tokenizer=TOKENIZER).counts.total.records == 5
+    assert prepare(spec, tokenizer=TOKENIZER, cache=False).counts == first.counts
 
 
 def test_quarantine_file(tmp_path: Path) -> None:
@@ -151,7 +206,7 @@ def test_file_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     objects = list_objects(spec.data)
     Path(uri).unlink()
     monkeypatch.setattr("raytune_ft.data.prepare.list_objects", lambda _: objects)
-    with pytest.raises(StorageError, match="no such file"):
+    with pytest.raises(DataError, match="deleted since it was listed|no such file"):
         prepare(spec, tokenizer=TOKENIZER)
 
 

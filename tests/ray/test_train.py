@@ -1,19 +1,15 @@
 """Jobs from the file to the published adapter on a real cluster: kills, resumes, refusals."""
 
 import json
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
-import psutil
 import pytest
 import ray
 import tiny
 import torch
-from conftest import make_job  # type: ignore[import-not-found]  # this folder's
+from conftest import kill_worker_after_step, make_job  # type: ignore[import-not-found]  # this folder's
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -173,19 +169,6 @@ class TestKilled:
         quick = changed(job, schedule={"steps": 2}, evaluate={"metrics": []})
         assert train(quick, tmp_path / "out")["version"] == 1
         assert train(quick, tmp_path / "out", restart=True)["version"] == 2
-
-
-def kill_worker_after_step(step: int, killed: list[int]) -> Callable[[dict[str, Any]], None]:
-    """An `on_event` that kills the training process once, as soon as `step` is done."""
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event.get("step", -1) >= step and not killed:
-            for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in process.name():
-                    killed.append(process.pid)
-                    os.kill(process.pid, signal.SIGKILL)
-
-    return on_event
 
 
 class TestMethods:

@@ -7,8 +7,10 @@ import pytest
 import tiny
 
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import tokenise_object
+from raytune_ft.data.examples import decode
+from raytune_ft.data.index import divide
 from raytune_ft.data.sources import list_objects
+from raytune_ft.data.stream import WindowReader
 from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import open_storage
@@ -31,9 +33,15 @@ def test_objects_of_a_bucket(bucket: str) -> None:
         (1, "a.jsonl"),
         (2, "a.jsonl"),
     ]
-    encoder = Encoder.of(tiny.tokenizer())
-    found = [sum(t.num_rows for t in tokenise_object(o, at, data, encoder)) for at, o in enumerate(objects)]
-    assert found == [2000] * 4
+    reader = WindowReader(tuple(objects), data, Encoder.of(tiny.tokenizer()), f"s3://{bucket}/catalog/cache")
+    windows = [window for at, found in enumerate(objects) for window in divide(found, at, "auto", None)]
+    contents = [reader.read(window) for window in windows]
+    assert sum(decode(content).table.num_rows for content in contents) == 4 * 2000
+    # The same object by three names, and another.
+    cached = list(storage.list("catalog/cache/tokens/"))
+    assert len(cached) == 2
+    assert [reader.read(window) for window in windows] == contents
+    assert list(storage.list("catalog/cache/tokens/")) == cached
 
 
 def test_nothing_in_a_bucket(bucket: str) -> None:

@@ -21,6 +21,8 @@ POSITION = Position(
     base_digest="base",
     choice=Choice("dequantised", 4096, MemoryPlan(1, 2, 3, 4, 5)),
     threads=2,
+    workers=3,
+    data={"train_counts": [[0, 17]], "sources": [], "bad": []},
     history=[{"step": 1, "loss": 2.5}, {"step": 2, "loss": 0.1 + 0.2}, {"step": 3, "loss": 1e-17}],
     before={"scores": {"exact_match": 0.5}, "answers": ["é", ""]},
 )

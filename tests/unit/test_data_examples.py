@@ -1,19 +1,26 @@
-"""One object to tokenised examples and a report, and what the counts refuse. No Ray."""
+"""Windows to tokenised examples and reports, their file, and what the counts refuse. No Ray."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raytune_ft.data import examples as examples_module
-from raytune_ft.data.counts import Counts, DataCounts, ObjectReport, check_counts, count_sources
+from raytune_ft.data.counts import Counts, DataCounts, Survey, WindowReport, check_counts, count_sources
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import NUMBERS_PER_OBJECT, SCHEMA, tokenise_object
+from raytune_ft.data.examples import SCHEMA, TokenisedWindow, decode, encode, tokenise_window
+from raytune_ft.data.formats import BadRecord
+from raytune_ft.data.index import divide
 from raytune_ft.data.sources import list_objects
 from raytune_ft.data.tokenise import answer_start
+from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec
 
@@ -23,21 +30,25 @@ ANSWER = {"role": "assistant", "content": "z"}
 GOOD = [{"instruction": f"say {n}", "output": [str(n), f"{n}."]} for n in range(40)]
 
 
-def run(data: DataSpec) -> tuple[list[dict[str, Any]], list[ObjectReport]]:
-    """Rows and reports of all objects."""
+def survey(data: DataSpec) -> tuple[list[dict[str, Any]], Survey]:
+    """Rows of all windows, each with its source, and what was found."""
     rows: list[dict[str, Any]] = []
-    reports = []
-    for index, found in enumerate(list_objects(data)):
-        reading = tokenise_object(found, index, data, ENCODER)
-        while True:
-            try:
-                table = next(reading)
-            except StopIteration as finished:
-                reports.append(finished.value)
-                break
-            assert table.schema == SCHEMA
-            rows += table.to_pylist()
-    return rows, reports
+    windows: list[Window] = []
+    reports: dict[int, WindowReport] = {}
+    for number, found in enumerate(list_objects(data)):
+        for window in divide(found, number, data.sources[found.source].format, None):
+            tokenised = tokenise_window(found, window, data, ENCODER)
+            assert tokenised.table.schema == SCHEMA
+            rows += [{"source": found.source, **row} for row in tokenised.table.to_pylist()]
+            reports[len(windows)] = tokenised.report
+            windows.append(window)
+    return rows, Survey(windows, reports)
+
+
+def run(data: DataSpec) -> tuple[list[dict[str, Any]], list[WindowReport]]:
+    """Rows and reports of all windows."""
+    rows, found = survey(data)
+    return rows, found.read()
 
 
 def write(folder: Path, name: str, records: Sequence[Any]) -> str:
@@ -52,13 +63,13 @@ def spec(*uris: str, **values: Any) -> DataSpec:
 
 def refused(data: DataSpec, quarantine: str | None = None) -> str:
     with pytest.raises(DataError) as raised:
-        check_counts(run(data)[1], data, quarantine)
+        check_counts(survey(data)[1], data, quarantine)
     return str(raised.value)
 
 
 def test_rows(tmp_path: Path) -> None:
     rows, (report,) = run(spec(write(tmp_path, "a.jsonl", GOOD)))
-    assert [row["number"] for row in rows] == list(range(40))
+    assert [row["record"] for row in rows] == list(range(40))
     assert {row["source"] for row in rows} == {0}
     for row, record in zip(rows, GOOD, strict=True):
         start = answer_start(row["learned"])
@@ -68,7 +79,6 @@ def test_rows(tmp_path: Path) -> None:
         assert row["references"] == record["output"]
     train = [row for row in rows if row["split"] == "train"]
     assert report.counts == Counts(
-        objects=1,
         records=40,
         train=len(train),
         validation=sum(row["split"] == "validation" for row in rows),
@@ -77,7 +87,7 @@ def test_rows(tmp_path: Path) -> None:
         learned_tokens=sum(sum(row["learned"]) for row in train),
     )
     assert len(train) < 40
-    assert report.end_ids == {TOKENIZER.eos_token_id}
+    assert report.end_ids == (TOKENIZER.eos_token_id,)
     assert report.templates == {"instruction": 40}
 
 
@@ -108,21 +118,14 @@ def test_a_chat_stands_where_the_chats_that_it_begins_do(tmp_path: Path) -> None
     assert set(splits) == {"train", "validation", "test"}
 
 
-def test_numbers_sort_objects_of_a_source(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl"):
-        write(tmp_path, name, [{"prompt": name, "completion": "x"}, {"prompt": name, "completion": "y"}])
-    rows, _ = run(spec(str(tmp_path)))
-    assert [row["number"] for row in rows] == [0, 1, NUMBERS_PER_OBJECT, NUMBERS_PER_OBJECT + 1]
-
-
-def test_bad_records_keep_their_place_and_the_others_their_number(tmp_path: Path) -> None:
+def test_bad_records_keep_their_place_and_the_others_theirs(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b'{"prompt": "a", "completion": "b"}\n{"prompt": \n["x"]\n{"prompt": "c"}\n'
         b'{"prompt": "d", "completion": "e"}\n'
     )
     rows, (report,) = run(spec(str(path)))
-    assert [row["number"] for row in rows] == [0, 4]
+    assert [row["record"] for row in rows] == [0, 4]
     assert [(bad.place, bad.reason.partition(":")[0]) for bad in report.bad] == [
         (f"{path}:line 2", "not JSON at column 12"),
         (f"{path}:line 3", "the record is a list, not an object with fields"),
@@ -152,10 +155,12 @@ def test_half_a_character_outside_the_prompt(tmp_path: Path) -> None:
         bad.reason.encode("utf-8")
 
 
-def test_tables_of_a_long_file_continue_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_a_long_window_continue_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = spec(write(tmp_path, "a.jsonl", GOOD))
     rows, (report,) = run(data)
-    monkeypatch.setattr(examples_module, "_RECORDS_PER_TABLE", 7)
+    monkeypatch.setattr(examples_module, "_RECORDS_PER_BATCH", 7)
     again, (report_again,) = run(data)
     assert (rows, report) == (again, report_again)
 
@@ -164,23 +169,6 @@ def test_only_the_first_bad_records_are_kept(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(examples_module, "KEPT_BAD_RECORDS", 3)
     _, (report,) = run(spec(write(tmp_path, "a.jsonl", [5] * 10)))
     assert (report.counts.bad, len(report.bad)) == (10, 3)
-
-
-def test_digest_is_of_the_content(tmp_path: Path) -> None:
-    data = spec(write(tmp_path, "a.jsonl", GOOD))
-    _, (report,) = run(data)
-    _, (moved,) = run(spec(write(tmp_path, "other.jsonl", GOOD)))
-    changed = {
-        run(other)[1][0].digest
-        for other in (
-            spec(write(tmp_path, "b.jsonl", GOOD[::-1])),
-            spec(write(tmp_path, "c.jsonl", GOOD[1:])),
-            spec(data.sources[0].uri, split={"validation": 0.4}),
-            DataSpec.model_validate({"sources": [{"uri": data.sources[0].uri, "template": "plain"}]}),
-        )
-    }
-    assert moved.digest == report.digest
-    assert len(changed | {report.digest}) == 5
 
 
 def test_long_examples_are_counted(tmp_path: Path) -> None:
@@ -196,7 +184,7 @@ def test_long_examples_are_counted(tmp_path: Path) -> None:
 
 def test_counts_as_json(tmp_path: Path) -> None:
     data = spec(write(tmp_path, "a.jsonl", GOOD), write(tmp_path, "b.jsonl", GOOD[:5]))
-    counts = check_counts(run(data)[1], data, None)
+    counts = check_counts(survey(data)[1], data, None)
     found = counts.to_json()
     assert [source["uri"] for source in found["sources"]] == [source.uri for source in data.sources]
     assert [source["records"] for source in found["sources"]] == [40, 5]
@@ -205,7 +193,9 @@ def test_counts_as_json(tmp_path: Path) -> None:
         name: found["sources"][0][name] + found["sources"][1][name] for name in found["total"]
     }
     assert isinstance(counts, DataCounts)
-    assert count_sources([], data).total == Counts()
+    assert (found["total"]["objects"], found["estimated"]) == (2, False)
+    nothing = count_sources(Survey([], {}), data)
+    assert nothing.total == Counts()
 
 
 def test_empty_source(tmp_path: Path) -> None:
@@ -230,7 +220,7 @@ def test_too_many_bad_records(tmp_path: Path) -> None:
     assert refused(spec(uri)) == expected
     assert refused(spec(uri), "out/quarantine.jsonl") == f"{expected}\n  all are in out/quarantine.jsonl"
     data = spec(uri, max_bad_fraction=0.1)
-    assert check_counts(run(data)[1], data, None).total.bad == 4
+    assert check_counts(survey(data)[1], data, None).total.bad == 4
 
 
 def test_all_examples_too_long(tmp_path: Path) -> None:
@@ -259,8 +249,142 @@ def test_all_labels_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     core = Tokenizer.from_str(ENCODER.backend.to_str())
     core.normalizer = normalizers.Replace("\u200b", "")
-    monkeypatch.setitem(globals(), "ENCODER", Encoder(**{**vars(ENCODER), "backend": core}))
+    monkeypatch.setitem(globals(), "ENCODER", replace(ENCODER, backend=core, digest=None))
     assert refused(spec(uri)) == (
         "data: all labels are masked: none of the 3 records has a learned token; "
         "look at the completions, the template and the tokenizer with `raytune-ft data`"
     )
+
+
+@pytest.mark.parametrize("window_bytes", [1, 60, 500, 4000])
+def test_windows_hold_what_the_whole_object_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    data = spec(write(tmp_path, "a.jsonl", [*GOOD, ["bad"], *GOOD]), max_bad_fraction=0.5)
+    whole, whole_survey = survey(data)
+    monkeypatch.setattr("raytune_ft.data.index.WINDOW_BYTES", window_bytes)
+    parts, parts_survey = survey(data)
+    assert (len(parts_survey.windows) > 1) == (window_bytes < 4000)
+    assert [_without_place(row) for row in parts] == [_without_place(row) for row in whole]
+    assert check_counts(parts_survey, data, None) == check_counts(whole_survey, data, None)
+
+
+def _without_place(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "record"}
+
+
+def test_records_that_say_they_are_the_same_are_all_kept(tmp_path: Path) -> None:
+    records = [{"id": 7, "prompt": f"say {n % 2}", "completion": "x"} for n in range(4)]
+    rows, (report,) = run(spec(write(tmp_path, "a.jsonl", records)))
+    assert len(rows) == report.counts.records == 4
+    assert rows[0]["input_ids"] == rows[2]["input_ids"] != rows[1]["input_ids"]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+examples = st.fixed_dictionaries(
+    {
+        "record": st.integers(0, 2**40),
+        "split": st.sampled_from(["train", "validation", "test"]),
+        "input_ids": st.lists(st.integers(0, 2**31 - 1), max_size=9),
+        "references": st.lists(texts, max_size=3),
+    }
+)
+reports = st.builds(
+    WindowReport,
+    st.builds(Counts, *[st.integers(0, 2**50)] * 9),
+    st.lists(st.builds(BadRecord, texts, texts, texts, texts), max_size=3).map(tuple),
+    st.dictionaries(texts, st.integers(0, 9), max_size=2),
+    st.dictionaries(texts, st.integers(0, 9), max_size=2),
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    st.integers(0, 9),
+)
+
+
+def tokenised(rows: list[dict[str, Any]], report: WindowReport) -> TokenisedWindow:
+    learned = [{**row, "learned": [bool(token % 2) for token in row["input_ids"]]} for row in rows]
+    return TokenisedWindow(pa.Table.from_pylist(learned, schema=SCHEMA), report)
+
+
+@given(st.lists(examples, max_size=5), reports)
+def test_file_gives_back_what_was_written(rows: list[dict[str, Any]], report: WindowReport) -> None:
+    window = tokenised(rows, report)
+    content = encode(window)
+    assert decode(content) == decode(pa.py_buffer(content)) == window
+    assert encode(decode(content)) == content
+
+
+ROW = {"record": 1, "split": "train", "input_ids": list(range(300)), "references": ["a"]}
+CONTENT = encode(tokenised([ROW] * 3, WindowReport(Counts(records=3, train=3), end_ids=(7,))))
+
+
+@settings(max_examples=300)
+@given(st.integers(0, len(CONTENT) - 1), st.integers(1, 255))
+def test_a_changed_byte_is_seen_or_changes_nothing(at: int, change: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[at] ^= change
+    try:
+        found = decode(bytes(damaged))
+    except ValueError:
+        return
+    assert found == decode(CONTENT)
+
+
+@given(st.integers(0, len(CONTENT) - 1))
+def test_a_cut_file_is_seen(length: int) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode(CONTENT[:length])
+
+
+def _file(table: pa.Table, batches: int = 1) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        for _ in range(batches):
+            writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"ARROW1", b"x" * 1000, _file(pa.table({"a": [1]})), _file(decode(CONTENT).table)],
+    ids=["empty", "magic", "junk", "another table", "no report"],
+)
+def test_other_files_are_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="not a tokenised window"):
+        decode(content)
+
+
+def sampled(data: DataSpec, windows: int) -> Survey:
+    """A survey of the first of many windows that are alike."""
+    _, found = survey(data)
+    alike = [replace(found.windows[0], part=part) for part in range(windows)]
+    return Survey(alike, {0: found.reports[0]})
+
+
+def test_a_sample_is_scaled_up_by_bytes(tmp_path: Path) -> None:
+    data = spec(write(tmp_path, "a.jsonl", GOOD))
+    whole = check_counts(survey(data)[1], data, None)
+    counts = check_counts(sampled(data, 10), data, None)
+    assert (counts.total.records, counts.total.train) == (400, 10 * whole.total.train)
+    assert counts.objects == whole.objects == (1,)
+    assert (counts.to_json()["estimated"], whole.to_json()["estimated"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("records", "values", "message"),
+    [
+        ([], {}, r"no records in a sample of 1 of 10 windows; give a source with records$"),
+        ([*GOOD, 5], {}, r"1 of 41 records in a sample of 1 of 10 windows are malformed \(2\.44%\)"),
+        (GOOD, {"max_tokens": 8}, r"40 of 40 records in a sample of 1 of 10 windows are longer than"),
+        (
+            GOOD,
+            {"split": {"validation": 0, "test": 0.99999}},
+            r"of 40 records in a sample of 1 of 10 windows 0 are",
+        ),
+    ],
+)
+def test_messages_about_a_sample_say_so(
+    tmp_path: Path, records: list[Any], values: dict[str, Any], message: str
+) -> None:
+    data = spec(write(tmp_path, "a.jsonl", records), **values)
+    with pytest.raises(DataError, match=message):
+        check_counts(sampled(data, 10), data, None)

@@ -114,9 +114,9 @@ def test_leading_space_of_an_answer_is_learned_with_it() -> None:
 
 def test_raw_text_learns_all_but_its_first_token() -> None:
     (example,) = tokenise([(Segment("a b c", learned=True),)], words())
-    assert example == Tokenised([4, 5, 6, 2], [False, True, True, True])
+    assert example == Tokenised([4, 5, 6, 2], [1, 3])
     (example,) = tokenise([(Segment("a b", learned=True),)], words(bos=True))
-    assert example == Tokenised([1, 4, 5, 2], [False, True, True, True])
+    assert example == Tokenised([1, 4, 5, 2], [1, 3])
 
 
 def test_nothing_learned() -> None:
@@ -155,7 +155,7 @@ def test_answer_start(learned: list[bool], start: int) -> None:
 
 
 def example(prompt: int, answer: int) -> Tokenised:
-    return Tokenised(list(range(prompt + answer)), [False] * prompt + [True] * answer)
+    return Tokenised(list(range(prompt + answer)), [prompt, answer])
 
 
 @pytest.mark.parametrize(

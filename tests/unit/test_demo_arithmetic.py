@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import tokenise_object
+from raytune_ft.data.examples import tokenise_window
+from raytune_ft.data.index import divide
 from raytune_ft.data.sources import list_objects
 from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import read_job
@@ -148,7 +149,9 @@ def test_no_pair_of_the_subtraction_test_stands_in_its_training_data(
     job = read_job(SCRIPT.with_name("subtraction.yaml"), [f"model.path={demo / 'model'}"])
     tokenizer = load_tokenizer(job.model)
     (found,) = list_objects(job.data)
-    tables = list(tokenise_object(found, 0, job.data, Encoder.of(tokenizer)))
+    encoder = Encoder.of(tokenizer)
+    windows = divide(found, 0, job.data.sources[0].format, None)
+    tables = [tokenise_window(found, window, job.data, encoder).table for window in windows]
     pairs: dict[str, set[tuple[str, ...]]] = {"train": set(), "test": set()}
     count = Counter[str]()
     for table in tables:

@@ -1,4 +1,4 @@
-"""The tokenised examples as the worker sees them."""
+"""The held-out examples as the worker sees them."""
 
 import math
 from itertools import pairwise
@@ -9,16 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft.data.examples import NUMBERS_PER_OBJECT, SCHEMA
-from raytune_ft.data.order import Mixture, epoch_order
+from raytune_ft.data.examples import SCHEMA
 from raytune_ft.train.examples import Examples, Question
 
 
-def row(source: int, number: int, split: str = "train", **changes: Any) -> dict[str, Any]:
+def row(source: int, number: int, split: str = "test", **changes: Any) -> dict[str, Any]:
     """An example whose tokens say where it stands: two of prompt, two learned."""
     return {
-        "source": source,
-        "number": number,
+        "record": number,
         "split": split,
         "input_ids": [100 + source, number % 100, 7, 1],
         "learned": [False, False, True, True],
@@ -27,8 +25,8 @@ def row(source: int, number: int, split: str = "train", **changes: Any) -> dict[
     }
 
 
-def examples(*rows: dict[str, Any], split: str = "train") -> Examples:
-    return Examples(pa.Table.from_pylist(list(rows), schema=SCHEMA), split)
+def examples(*windows: list[dict[str, Any]], split: str = "test") -> Examples:
+    return Examples([pa.Table.from_pylist(rows, schema=SCHEMA) for rows in windows], split)
 
 
 def places(found: Examples) -> list[tuple[int, int]]:
@@ -36,81 +34,55 @@ def places(found: Examples) -> list[tuple[int, int]]:
 
 
 class TestOrder:
-    def test_by_source_then_number_however_the_blocks_came(self) -> None:
-        blocks = [[row(1, 3), row(0, 9)], [row(0, 2)], [], [row(1, 0), row(0, NUMBERS_PER_OBJECT + 1)]]
-        table = pa.concat_tables([pa.Table.from_pylist(block, schema=SCHEMA) for block in blocks])
-        found = Examples(table, "train")
-        later = (NUMBERS_PER_OBJECT + 1) % 100
-        assert places(found) == [(0, 2), (0, 9), (0, later), (1, 0), (1, 3)]
-
-    @given(st.permutations([row(source, number) for source in range(3) for number in range(4)]))
-    def test_the_order_of_arrival_counts_nowhere(self, rows: list[dict[str, Any]]) -> None:
-        assert places(examples(*rows)) == [(source, number) for source in range(3) for number in range(4)]
+    def test_that_of_the_windows(self) -> None:
+        found = examples([row(1, 3), row(0, 9)], [], [row(0, 2)])
+        assert places(found) == [(1, 3), (0, 9), (0, 2)]
 
     def test_each_split_by_itself(self) -> None:
         rows = [row(0, n, split) for n, split in enumerate(["train", "test", "train", "validation"])]
-        found = {split: places(examples(*rows, split=split)) for split in ("train", "validation", "test")}
+        found = {split: places(examples(rows, split=split)) for split in ("train", "validation", "test")}
         assert found == {"train": [(0, 0), (0, 2)], "validation": [(0, 3)], "test": [(0, 1)]}
 
     def test_tokens_and_labels_arrive_as_they_were(self) -> None:
         found = examples(
-            row(0, 5, input_ids=[5] * 9, learned=[False] * 9),
-            row(0, 6, input_ids=[3, 300_000, 1], learned=[False, True, False]),
+            [
+                row(0, 5, input_ids=[5] * 9, learned=[False] * 9),
+                row(0, 6, input_ids=[3, 300_000, 1], learned=[False, True, False]),
+            ]
         )
         assert found[1].input_ids.tolist() == [3, 300_000, 1]
         assert found[1].learned.tolist() == [False, True, False]
         assert (found[1].input_ids.dtype, found[1].learned.dtype) == ("int64", "bool")
 
 
-class TestMixture:
-    def test_sizes_are_those_of_the_sources(self) -> None:
-        found = examples(row(2, 0), row(0, 0), row(0, 1), row(2, 5), row(2, 6), row(1, 0, "test"))
-        assert found.mixture([1.0, 1.0, 0.5]) == Mixture((2, 0, 3), (1.0, 1.0, 0.5))
-
-    def test_a_source_after_the_last_example(self) -> None:
-        assert examples(row(0, 0)).mixture([1.0, 2.0]) == Mixture((1, 0), (1.0, 2.0))
-
-    def test_no_examples(self) -> None:
-        found = examples(row(0, 0, "test"))
-        assert len(found) == 0
-        assert found.mixture([1.0]).examples_per_epoch == 0
-
-    def test_numbers_of_the_mixture_are_those_of_the_examples(self) -> None:
-        """Example n of the order and example n of the table belong to the same source."""
-        found = examples(*(row(source, n) for source, size in enumerate((3, 1, 4)) for n in range(size)))
-        mixture = found.mixture([1.0, 3.0, 0.5])
-        sources = [int(found[n].input_ids[0]) - 100 for n in epoch_order(mixture, seed=1, epoch=0)]
-        assert [sources.count(source) for source in range(3)] == [3, 3, 2]
-
-
 class TestSample:
     @given(st.integers(0, 60), st.integers(1, 80))
     def test_even_and_within_the_limit(self, size: int, limit: int) -> None:
-        chosen = examples(*(row(0, n) for n in range(size))).spread(limit)
+        chosen = examples([row(0, n) for n in range(size)]).spread(limit)
         assert len(chosen) == min(size, limit)
         assert chosen == sorted(set(chosen))
         steps = {later - earlier for earlier, later in pairwise(chosen)}
         assert steps <= {math.floor(size / limit), math.ceil(size / limit), 1}
 
     def test_every_source_has_its_share(self) -> None:
-        found = examples(*(row(source, n) for source in range(2) for n in range(50)))
+        found = examples([row(source, n) for source in range(2) for n in range(50)])
         sources = [int(example.input_ids[0]) - 100 for example in found.sample(10)]
         assert sources == [0] * 5 + [1] * 5
 
 
 class TestQuestions:
     def test_the_prompt_ends_where_the_answer_begins(self) -> None:
-        assert examples(row(0, 4)).questions(10) == [Question([100, 4], ["answer 0.4"])]
+        assert examples([row(0, 4)]).questions(10) == [Question([100, 4], ["answer 0.4"])]
 
     def test_of_several_turns_the_last_is_asked(self) -> None:
         ids = [10, 11, 50, 51, 12, 13, 52, 53]
         learned = [False, False, True, True, False, False, True, True]
-        (question,) = examples(row(0, 0, input_ids=ids, learned=learned)).questions(1)
+        (question,) = examples([row(0, 0, input_ids=ids, learned=learned)]).questions(1)
         assert question.prompt_ids == [10, 11, 50, 51, 12, 13]
 
     def test_what_follows_the_answer_is_no_second_one(self) -> None:
         ids, learned = [10, 50, 51, 99], [False, True, True, False]
-        (question,) = examples(row(0, 0, input_ids=ids, learned=learned)).questions(1)
+        (question,) = examples([row(0, 0, input_ids=ids, learned=learned)]).questions(1)
         assert question.prompt_ids == [10]
 
     @pytest.mark.parametrize(
@@ -119,14 +91,14 @@ class TestQuestions:
         ids=["raw text", "no reference", "none"],
     )
     def test_what_cannot_be_scored_is_left_out(self, changes: dict[str, Any]) -> None:
-        found = examples(row(0, 0, **changes), row(0, 1)).questions(10)
+        found = examples([row(0, 0, **changes), row(0, 1)]).questions(10)
         assert [question.references for question in found] == [["answer 0.1"]]
 
     def test_several_references(self) -> None:
-        (question,) = examples(row(0, 0, references=["a", "b"])).questions(1)
+        (question,) = examples([row(0, 0, references=["a", "b"])]).questions(1)
         assert question.references == ["a", "b"]
 
     def test_the_limit(self) -> None:
-        found = examples(*(row(0, n) for n in range(10)))
+        found = examples([row(0, n) for n in range(10)])
         assert [question.prompt_ids[1] for question in found.questions(3)] == [0, 3, 6]
         assert len(found.questions(100)) == 10

@@ -23,7 +23,7 @@ from raytune_ft.methods.lora import (
 )
 from raytune_ft.spec import LoraSpec, OptimizerSpec
 from raytune_ft.train.bank import BankEngine
-from raytune_ft.train.batch import Layout, Tokens
+from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import fit
 
 BUILDERS = {"llama": tiny.llama, "gpt2": tiny.gpt2}
@@ -39,7 +39,7 @@ def trained(model: PreTrainedModel, spec: LoraSpec, steps: int) -> BankEngine:
     model.requires_grad_(False)
     bank = BankEngine(model, add_lora(model, spec, seed=0), OptimizerSpec(learning_rate=5e-3))
     layout = Layout(True, 64, 2, None, 4096)
-    batches = (layout.batches(examples(step)) for step in range(steps))
+    batches = (Step(layout.batches(examples(step)), 4, "", 1) for step in range(steps))
     fit(bank, batches, start=0, learning_rate=lambda _: 5e-3, report=lambda _: None)
     return bank
 

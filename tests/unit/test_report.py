@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.chart import MOST_POINTS, chart, nice_ticks, smoothed, thin
-from raytune_ft.report import RunReport, duration_text, score_rows, usage_commands, write_report
+from raytune_ft.report import (
+    RunReport,
+    SourceRow,
+    duration_text,
+    score_rows,
+    source_rows,
+    usage_commands,
+    write_report,
+)
 from raytune_ft.spec import parse_job
 
 HOSTILE = "</title><script>alert('1')</script><img src=x onerror=\"alert(2)\">{{ 7*7 }} & 'quotes'"
@@ -219,6 +227,52 @@ def test_several_sources_have_a_sum(tmp_path: Path) -> None:
     page = _page(tmp_path, _report(data_counts={"sources": sources, "total": {"records": 3333}}))
     assert "1,111" in page.text
     assert "3,333" in page.text
+
+
+def _with_sources(count: int, **changes: Any) -> RunReport:
+    """A report of a run on several sources, of which the second lost its last learned token on the way."""
+    plain = _report()
+    uris = [f"s3://d/{at}.jsonl" for at in range(count)]
+    losses = [[2.0 + at for at in range(count)], [1.0 + at if at != 1 else None for at in range(count)]]
+    entries = [
+        _entry(step, 1.0) | ({"source_losses": losses[step // 5 - 1]} if step % 5 == 0 else {})
+        for step in range(1, 11)
+    ]
+    sources = [{**plain.job["data"]["sources"][0], "uri": uri, "weight": 0.5} for uri in uris]
+    counted = [{"uri": uri, "train": 1111 * (at + 1), "tokens": 77777} for at, uri in enumerate(uris)]
+    return _report(
+        job={**plain.job, "data": {**plain.job["data"], "sources": sources}},
+        history=entries,
+        data_counts={"sources": counted, "total": {"train": 1, "tokens": 2}},
+        **changes,
+    )
+
+
+def test_several_sources_have_a_row_and_a_chart_each(tmp_path: Path) -> None:
+    rows = source_rows(_with_sources(2, task_epochs=[0.25, 3]))
+    assert rows == [
+        SourceRow("s3://d/0.jsonl", "0.5", "1,111", "77,777", "0.25", "1.0000"),
+        SourceRow("s3://d/1.jsonl", "0.5", "2,222", "77,777", "3.00", "3.0000"),
+    ]
+    page = _page(tmp_path, _with_sources(2, task_epochs=[0.25, 3]))
+    assert "Loss of s3://d/1.jsonl" in page.text
+    assert len(page.of_class("chart")) == 4 + 2
+    assert len(page.of_class("point")) == 4 * 10 + 2 + 1
+
+
+@pytest.mark.parametrize(("sources", "charts"), [(1, 0), (8, 8), (9, 0)])
+def test_one_source_and_very_many_have_no_charts_of_their_own(
+    tmp_path: Path, sources: int, charts: int
+) -> None:
+    report = _with_sources(sources)
+    assert len(source_rows(report)) == (sources if sources > 1 else 0)
+    assert len(_page(tmp_path, report).of_class("chart")) == 4 + charts
+
+
+def test_a_run_without_steps_has_sources_without_a_loss(tmp_path: Path) -> None:
+    report = replace(_with_sources(2), history=[])
+    assert [(row.passes, row.loss) for row in source_rows(report)] == [("–", "–")] * 2
+    assert len(_page(tmp_path, report).of_class("chart")) == 0
 
 
 def test_a_page_that_is_there_is_replaced(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raytune_ft.tensorboard import ScalarLog
+from raytune_ft.tensorboard import ScalarLog, step_scalars
 
 
 def _read(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -43,6 +43,30 @@ def test_a_second_log_leaves_the_first_one_alone(tmp_path: Path) -> None:
         log.write(step, {"loss": 1.0})
         log.close()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def _entry(**more: object) -> dict[str, object]:
+    return {"loss": 0.5, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens": 90, "seconds": 0.5, **more}
+
+
+def test_a_step_has_the_scalars_of_its_entry() -> None:
+    plain = {
+        "train/loss": 0.5,
+        "train/learning_rate": 1e-3,
+        "train/grad_norm": 2.0,
+        "train/tokens_per_second": 180.0,
+    }
+    assert step_scalars(_entry()) == plain
+    assert step_scalars(_entry(validation_loss=0.75)) == {**plain, "validation/loss": 0.75}
+
+
+def test_several_sources_have_scalars_of_their_own_where_they_had_tokens() -> None:
+    several = step_scalars(_entry(source_losses=[0.5, None, 0.25]))
+    assert {tag: value for tag, value in several.items() if "source" in tag} == {
+        "train/loss/source_0": 0.5,
+        "train/loss/source_2": 0.25,
+    }
+    assert step_scalars(_entry(source_losses=[0.5])) == step_scalars(_entry())
 
 
 @pytest.mark.parametrize("library", ["torch", "tensorflow", "ray"])

@@ -23,9 +23,9 @@ from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 from raytune_ft.train.bank import BankEngine
-from raytune_ft.train.batch import Batch, Layout, Tokens
-from raytune_ft.train.loop import StepReport, fit, mean_loss
-from raytune_ft.train.loss import cross_entropy_sum
+from raytune_ft.train.batch import Batch, Layout, Step, Tokens
+from raytune_ft.train.loop import StepReport, fit, mean_loss, source_losses
+from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
 from raytune_ft.train.probe import check_isolation
 from raytune_ft.train.schedule import learning_rate
 
@@ -33,10 +33,13 @@ CPU = torch.device("cpu")
 FP32 = OptimizerSpec(learning_rate=1e-2)
 
 
-def tokens(*lengths: int, seed: int = 0) -> list[Tokens]:
-    """Random examples, the second half of each learned."""
+def tokens(*lengths: int, seed: int = 0, sources: int = 1) -> list[Tokens]:
+    """Random examples, the second half of each learned, from one source after the other."""
     random = np.random.default_rng(seed)
-    return [Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2) for n in lengths]
+    return [
+        Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2, at % sources)
+        for at, n in enumerate(lengths)
+    ]
 
 
 def layout(*, packing: bool = True, sequences: int | None = None, per_forward: int = 4096) -> Layout:
@@ -62,8 +65,12 @@ def train(
     bank: BankEngine, steps: Sequence[Sequence[Batch]], *, start: int = 0, rate: float = 1e-2
 ) -> list[StepReport]:
     reports: list[StepReport] = []
-    fit(bank, steps, start=start, learning_rate=lambda _: rate, report=reports.append)
+    fit(bank, as_steps(steps), start=start, learning_rate=lambda _: rate, report=reports.append)
     return reports
+
+
+def as_steps(batches: Sequence[Sequence[Batch]], sources: int = 1) -> list[Step]:
+    return [Step(step, examples=5, digest="", sources=sources) for step in batches]
 
 
 def some_steps(count: int, how: Layout | None = None) -> list[list[Batch]]:
@@ -149,6 +156,16 @@ class TestPackedAttention:
             check_isolation(model, packed=True)
 
 
+def plain_sum(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk: int) -> torch.Tensor:
+    """The sum of all cross-entropies as torch computes it, chunk by chunk."""
+    pieces = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+    sums = [F.cross_entropy(head(piece).float(), part, reduction="sum") for piece, part in pieces]
+    total = torch.zeros(())
+    for each in sums:
+        total = total + each
+    return total
+
+
 class TestLoss:
     @pytest.mark.parametrize("chunk", [1, 3, 100])
     def test_equals_torch_with_gradients(self, chunk: int) -> None:
@@ -156,17 +173,48 @@ class TestLoss:
         head = nn.Linear(8, 11)
         hidden = torch.randn(10, 8, requires_grad=True)
         labels = torch.randint(0, 11, (10,))
-        expected = F.cross_entropy(head(hidden), labels, reduction="sum") * 3
+        group = torch.tensor([0, 2, 0, 0, 2, 2, 0, 2, 2, 0])
+        scale = torch.tensor([3.0, 1.0, 0.25])
+        losses = F.cross_entropy(head(hidden), labels, reduction="none")
+        expected = (losses * scale[group]).sum()
         wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
-        found = cross_entropy_sum(hidden, labels, head, list(head.parameters()), chunk) * 3
+        found, sums = grouped_cross_entropy(
+            hidden, labels, group, scale, head, list(head.parameters()), chunk
+        )
         got = torch.autograd.grad(found, [hidden, *head.parameters()])
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(sums, torch.stack([losses[group == g].sum() for g in range(3)]))
+        assert not sums.requires_grad
+        torch.testing.assert_close(cross_entropy_sum(hidden, labels, head, chunk), losses.sum())
+
+    @settings(deadline=None, max_examples=30)
+    @given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 100), st.integers(0, 2**16))
+    def test_one_scale_gives_the_bits_of_the_plain_sum(
+        self, count: int, chunk: int, learned: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        head = nn.Linear(8, 11).requires_grad_(False)
+        hidden = torch.randn(count, 8, requires_grad=True)
+        labels = torch.randint(0, 11, (count,))
+        plain = plain_sum(hidden, labels, head, chunk)
+        (wanted,) = torch.autograd.grad(plain, hidden)
+        scale = 1.0 / torch.tensor([learned, learned], dtype=torch.float32)
+        for group in (torch.zeros(count, dtype=torch.int64), torch.arange(count) % 2):
+            objective, sums = grouped_cross_entropy(hidden, labels, group, scale, head, [], chunk)
+            (got,) = torch.autograd.grad(objective, hidden)
+            assert torch.equal(got, wanted * scale[0])
+            if not group.any():
+                assert sums.tolist() == [plain.item(), 0.0]
 
     def test_a_frozen_head_gets_no_gradient(self) -> None:
         head = nn.Linear(8, 11).requires_grad_(False)
         hidden = torch.randn(4, 8, requires_grad=True)
-        cross_entropy_sum(hidden, torch.tensor([0, 1, 2, 3]), head, list(head.parameters()), 2).backward()
+        labels, group = torch.tensor([0, 1, 2, 3]), torch.zeros(4, dtype=torch.int64)
+        objective, _ = grouped_cross_entropy(
+            hidden, labels, group, torch.ones(1), head, list(head.parameters()), 2
+        )
+        objective.backward()
         assert hidden.grad is not None
         assert head.weight.grad is None
 
@@ -256,7 +304,7 @@ class TestEngine:
             FullSpec(), model=tiny.llama().to(torch.bfloat16), optimizer=OptimizerSpec(learning_rate=1e-5)
         )
         before = {n: p.detach().clone() for n, p in bank.masters.items()}
-        fit(bank, some_steps(1), start=0, learning_rate=lambda _: 1e-5, report=lambda _: None)
+        fit(bank, as_steps(some_steps(1)), start=0, learning_rate=lambda _: 1e-5, report=lambda _: None)
         moved = [n for n, p in bank.masters.items() if not torch.equal(p, before[n])]
         assert len(moved) == len(before)
 
@@ -264,11 +312,11 @@ class TestEngine:
         bank = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=1e-3))
         batches = some_steps(1)[0]
         for forward, batch in enumerate(batches):
-            bank.accumulate(batch, step=0, forward=forward, learned_tokens=10)
+            bank.accumulate(batch, step=0, forward=forward, divisor_G=[10])
         norm = bank.update(0.0)
         free = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=None))
         for forward, batch in enumerate(batches):
-            free.accumulate(batch, step=0, forward=forward, learned_tokens=10)
+            free.accumulate(batch, step=0, forward=forward, divisor_G=[10])
         assert norm == pytest.approx(free.update(0.0))
         assert norm > 1e-3
 
@@ -288,6 +336,49 @@ class TestEngine:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+class TestSources:
+    def test_each_source_has_the_loss_of_its_examples(self) -> None:
+        examples = tokens(9, 14, 5, 22, 7, sources=3)
+        bank = engine()
+        alone = [
+            bank.evaluate(batch)
+            for source in range(3)
+            for batch in layout().batches([e for e in examples if e.source == source])
+        ]
+        reports: list[StepReport] = []
+        step = Step(layout(per_forward=32).batches(examples), len(examples), "d1gest", sources=4)
+        fit(bank, [step], start=0, learning_rate=lambda _: 1e-2, report=reports.append)
+        (report,) = reports
+        assert report.source_loss_sums == pytest.approx([*alone, 0.0], abs=1e-4)
+        assert report.source_learned_tokens == (16, 11, 3, 0)
+        assert report.learned_tokens == 30
+        assert report.loss == sum(report.source_loss_sums) / 30
+        assert (report.examples, report.tokens, report.batch) == (5, 57, "d1gest")
+
+    def test_the_sources_of_a_step_change_no_bit_of_the_weights(self) -> None:
+        weights = []
+        for sources in (1, 3):
+            bank = engine(LoraSpec(rank=4, dropout=0.1))
+            batches = [layout().batches(tokens(9, 14, 5, 22, 7, seed=s, sources=sources)) for s in range(3)]
+            fit(
+                bank,
+                as_steps(batches, sources),
+                start=0,
+                learning_rate=lambda _: 1e-2,
+                report=lambda _: None,
+            )
+            weights.append(bank.parameters)
+        assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
+
+    def test_the_mean_of_several_steps_is_over_tokens(self) -> None:
+        def report(sums: tuple[float, ...], learned: tuple[int, ...]) -> StepReport:
+            return StepReport(1, 0.0, 0.0, 0.0, 1, 1, sum(learned), "", sums, learned, 0.0, 0.0)
+
+        reports = [report((2.0, 0.0, 1.0), (1, 0, 4)), report((6.0, 0.0, 0.0), (3, 0, 0))]
+        assert source_losses(reports) == [2.0, None, 0.25]
+        assert "source_loss_sums" not in reports[0].to_json()
 
 
 class TestLoading:
@@ -336,7 +427,7 @@ class TestQuantised:
             batches = some_steps(1)[0]
             if evaluate_first:
                 mean_loss(bank, batches)
-            bank.accumulate(batches[0], step=0, forward=0, learned_tokens=20)
+            bank.accumulate(batches[0], step=0, forward=0, divisor_G=[20])
             return bank.update(0.0)
 
         assert grad_norm(True) == grad_norm(False) > 0

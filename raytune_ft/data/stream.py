@@ -1,0 +1,168 @@
+"""Windows of data through Ray Data: read, tokenised and handed over in a given order, in bounded memory."""
+
+import logging
+import os
+import pickle
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.data.exceptions
+import ray.exceptions
+
+from raytune_ft.data.cache import TokenCache, cache_key
+from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.examples import encode, tokenise_window
+from raytune_ft.data.sources import DataObject
+from raytune_ft.data.windows import WINDOW_BYTES, Window
+from raytune_ft.errors import RaytuneError, TrainingError
+from raytune_ft.spec import DataSpec
+from raytune_ft.storage import open_storage
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+STREAM_BYTES = 64 << 20
+"""What an execution may hold in Ray's object store: how far it reads ahead."""
+SEGMENT_WINDOWS = 2000
+"""Windows of one execution, so that the plan of it stays small however much data there is."""
+_TASK_WINDOWS = 64
+Contents = Generator[tuple[int, pa.Buffer], None, None]
+"""Places of windows with their contents. Closing it ends the execution."""
+_ROW = pa.schema([("window", pa.int64()), ("content", pa.large_binary()), ("failure", pa.binary())])
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """All that a task needs to turn windows into their tokenised contents. Travels to it."""
+
+    objects: tuple[DataObject, ...]
+    """Of the job."""
+    data: DataSpec
+    encoder: Encoder
+    cache: str | None
+    """Uri of the store that keeps contents; None where nothing is kept."""
+
+    def read(self, window: Window) -> bytes:
+        """A window's content, see `raytune_ft.data.examples.decode`: from the cache, or made and kept there.
+
+        Raises:
+            DataError: the window cannot be read.
+            StorageError: the store failed.
+        """
+        found = self.objects[window.object]
+        key = None if self.cache is None else cache_key(found, window, self.data, self.encoder)
+        if self.cache is None or key is None:
+            return encode(tokenise_window(found, window, self.data, self.encoder))
+        cache = TokenCache(open_storage(self.cache))
+        content = cache.get(key)
+        if content is None:
+            content = encode(tokenise_window(found, window, self.data, self.encoder))
+            cache.put(key, content)
+        return content
+
+
+def task_cpus(node_cpus: float) -> float:
+    """What a task of the stream asks for on a node with so many CPUs: training has to leave as much free."""
+    return 1.0 if node_cpus >= 2 else 0.5
+
+
+def cluster_task_cpus() -> float:
+    """`task_cpus` of the largest node of this cluster."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return task_cpus(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
+
+
+def stream_windows(windows: Sequence[Window], reader: WindowReader) -> Contents:
+    """Read windows on the cluster, ahead of whoever takes them. Ray must be initialised.
+
+    Args:
+        windows: in the order in which they are wanted; one may stand there several times.
+        reader: reads each of them.
+
+    Yields:
+        The window's place in `windows`, 0, 1, …, and its content; see `raytune_ft.data.examples.decode`.
+
+    Raises:
+        DataError: a window cannot be read.
+        StorageError: the store failed.
+        TrainingError: Ray lost the tasks.
+    """
+    for begin in range(0, len(windows), SEGMENT_WINDOWS):
+        yield from _segment(begin, windows[begin : begin + SEGMENT_WINDOWS], reader)
+
+
+def _segment(begin: int, windows: Sequence[Window], reader: WindowReader) -> Contents:
+    """One execution of Ray Data."""
+    batches = iter(_dataset(windows, reader).iter_batches(batch_size=None, batch_format="pyarrow"))
+    try:
+        for batch in batches:
+            for place, content, failure in zip(*(batch[name] for name in _ROW.names), strict=True):
+                if failure.is_valid:
+                    raise pickle.loads(failure.as_py())  # noqa: S301  of _read_windows
+                yield begin + place.as_py(), content.as_buffer()
+    except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as error:
+        raise TrainingError(f"the data could not be read: {ray_reason(error)}") from error
+    finally:
+        batches.close()
+
+
+def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
+    # It would say, among other things, that it shows no progress bars.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    groups = _groups(windows)
+    dataset = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
+        partial(_read_windows, windows=tuple(windows), groups=groups, reader=reader),
+        batch_size=None,
+        num_cpus=cluster_task_cpus(),
+    )
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=STREAM_BYTES)
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+def _groups(windows: Sequence[Window]) -> tuple[range, ...]:
+    """Places that follow each other and that one task reads: a task for each small file would take longer
+    than reading it."""
+    groups: list[range] = []
+    size_bytes = 0
+    for place, window in enumerate(windows):
+        size_bytes += window.size_bytes
+        if groups and size_bytes <= WINDOW_BYTES and len(groups[-1]) < _TASK_WINDOWS:
+            groups[-1] = range(groups[-1].start, place + 1)
+        else:
+            groups.append(range(place, place + 1))
+            size_bytes = window.size_bytes
+    return tuple(groups)
+
+
+def _read_windows(
+    batch: dict[str, Any], windows: Sequence[Window], groups: Sequence[range], reader: WindowReader
+) -> Iterator[pa.Table]:
+    """A task of the stream: a row for each of its windows."""
+    # A task has one CPU; the tokenizer would start a thread for each of the machine's.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for place in (place for group in batch["id"].tolist() for place in groups[group]):
+        try:
+            row = {"window": place, "content": reader.read(windows[place]), "failure": None}
+        except RaytuneError as error:
+            # As a row, since an exception inside Ray is printed with its traceback and tried again.
+            row = {"window": place, "content": b"", "failure": pickle.dumps(error)}
+        yield pa.Table.from_pylist([row], schema=_ROW)
+        if row["failure"] is not None:
+            return
+
+
+def ray_reason(error: Exception) -> str:
+    """What was behind an exception of Ray, in one line."""
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+        cause = cause.cause
+    reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no reason given")
+    return f"{type(cause).__name__}: {reason[:300]}"
