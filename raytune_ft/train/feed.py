@@ -28,7 +28,8 @@ def open_feed(data: TrainingData, rank: int, workers: int) -> OpenWindows:
         return lambda numbers: (decode(ray.get(data.contents[number])) for number in numbers)
     if workers == 1:
         return lambda numbers: _streamed(data.windows, data.reader, numbers)
-    actor = _SharedStream.remote(data.windows, data.reader, workers) if rank == 0 else None
+    shared_stream = ray.remote(num_cpus=0)(_SharedStream)
+    actor = shared_stream.remote(data.windows, data.reader, workers) if rank == 0 else None
     shared = ray.train.collective.broadcast_from_rank_zero(actor)
     return _from_actor(shared, rank)
 
@@ -79,7 +80,6 @@ class _Opened:
     """Contents that not all workers have taken, and who has."""
 
 
-@ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]  # ray ships no types
 class _SharedStream:
     """One execution for all workers of a run. It ends with the worker that started it."""
 

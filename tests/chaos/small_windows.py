@@ -3,14 +3,14 @@
 import sys
 
 import raytune_ft.data.index
-
 import raytune_ft.data.prepare
-import raytune_ft.data.windows
+import raytune_ft.data.stream
 from raytune_ft.cli import main
+
+WINDOW_BYTES = 4096
 
 if __name__ == "__main__":
     raytune_ft.data.prepare.SURVEY_BYTES = 0
-    for module in (raytune_ft.data.windows, raytune_ft.data.index):
-        if hasattr(module, "WINDOW_BYTES"):
-            module.WINDOW_BYTES = 4096
+    raytune_ft.data.index.WINDOW_BYTES = WINDOW_BYTES
+    raytune_ft.data.stream.WINDOW_BYTES = WINDOW_BYTES
     sys.exit(main())

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import raytune_ft.data.index
 import torch
 from conftest import kill_worker_after_step, make_job  # type: ignore[import-not-found]  # this folder's
 from safetensors.torch import load_file
 
+import raytune_ft.data.index
 import raytune_ft.data.prepare
+import raytune_ft.data.stream
 from raytune_ft.catalog import Catalog
 from raytune_ft.errors import DataError
 from raytune_ft.spec import JobSpec
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster", "small_windows
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
     monkeypatch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
+    monkeypatch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +73,7 @@ def undisturbed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
         patch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
+        patch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
         job = streamed(base, two_sources, folder / "catalog")
         train(job, folder / "out")
     return job, adapter(job, folder / "pulled")
