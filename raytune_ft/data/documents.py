@@ -101,15 +101,15 @@ def document_ranges(
         return None if only_tasks else (structure.ranges, None)
     members = {}
     for member in structure.members:
-        name = _value_in(file, member.start, member.colon, _MAX_NAME_BYTES)
+        name = json.loads(_json_in(file, member.start, member.colon, _MAX_NAME_BYTES) or "null")
         if not isinstance(name, str):
             return None
         members[name] = member
     instances = members.get("Instances")
     if "Definition" in members and instances is not None and instances.ranges is not None:
         task = members["Definition"]
-        definition = _value_in(file, task.colon + 1, task.stop, _MAX_DEFINITION_BYTES)
-        return None if definition is None else (instances.ranges, json.dumps(definition))
+        definition = _json_in(file, task.colon + 1, task.stop, _MAX_DEFINITION_BYTES)
+        return None if definition is None else (instances.ranges, definition)
     examples = members.get("examples")
     if only_tasks or examples is None or examples.ranges is None:
         return None
@@ -148,15 +148,17 @@ def _each_by_itself(content: bytes, uri: str, before: int) -> Iterator[RawRecord
         yield parse_line(array[start:stop].strip(), uri, f"record {number}")
 
 
-def _value_in(file: BinaryIO, start: int, stop: int, limit_bytes: int) -> Any:
-    """The JSON value in a small part of a file; None where it is none, or not small."""
+def _json_in(file: BinaryIO, start: int, stop: int, limit_bytes: int) -> str | None:
+    """The JSON text in a small part of a file; None where it is none, or not small."""
     if stop - start > limit_bytes:
         return None
     file.seek(start)
     try:
-        return json.loads(file.read(stop - start).decode("utf-8"))
+        content = file.read(stop - start).decode("utf-8")
+        json.loads(content)
     except (ValueError, RecursionError):
         return None
+    return content
 
 
 def _problem(error: Exception) -> str:

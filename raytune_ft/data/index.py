@@ -174,8 +174,10 @@ def _scan(found: DataObject, format: str, head: bytes) -> Division:
     structure = json_structure(read_blocks(found, 0, found.size_bytes, _SCANNED_BYTES), WINDOW_BYTES)
     # Of a text that is no document and too large for a closer look, lines are what it may be.
     unclear = structure.kind in ("incomplete", "object of many") and found.size_bytes > WHOLE_LIMIT_BYTES
+    later_lines = head.split(b"\n")[1 : documents.SAMPLED_LINES]
     if format == "json" and (
-        structure.kind == "several values" or (unclear and documents.may_be_lines(head))
+        structure.kind == "several values"
+        or (unclear and any(documents.is_json(line, of=dict) for line in later_lines))
     ):
         return _lines(found)
     file = cast(BinaryIO, ObjectFile(found))

@@ -16,8 +16,9 @@ from raytune_ft.data.examples import decode
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.index import divide
 from raytune_ft.data.mixture import SourceShape
+from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import DataObject, fingerprint, list_objects
-from raytune_ft.data.stream import WindowReader, cluster_task_cpus, ray_reason, stream_windows
+from raytune_ft.data.stream import cluster_task_cpus, ray_reason, stream_windows
 from raytune_ft.data.template import AUTO, check_template
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError

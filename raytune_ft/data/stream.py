@@ -1,10 +1,10 @@
 """Windows of data through Ray Data: read, tokenised and handed over in a given order, in bounded memory."""
 
+import gc
 import logging
 import os
 import pickle
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,9 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from raytune_ft.data.cache import TokenCache, cache_key
-from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import encode, tokenise_window
-from raytune_ft.data.sources import DataObject
+from raytune_ft.data.reader import WindowReader, task_cpus
 from raytune_ft.data.windows import WINDOW_BYTES, Window
 from raytune_ft.errors import RaytuneError, TrainingError
-from raytune_ft.spec import DataSpec
-from raytune_ft.storage import open_storage
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -34,41 +29,6 @@ _TASK_WINDOWS = 64
 Contents = Generator[tuple[int, pa.Buffer], None, None]
 """Places of windows with their contents. Closing it ends the execution."""
 _ROW = pa.schema([("window", pa.int64()), ("content", pa.large_binary()), ("failure", pa.binary())])
-
-
-@dataclass(frozen=True)
-class WindowReader:
-    """All that a task needs to turn windows into their tokenised contents. Travels to it."""
-
-    objects: tuple[DataObject, ...]
-    """Of the job."""
-    data: DataSpec
-    encoder: Encoder
-    cache: str | None
-    """Uri of the store that keeps contents; None where nothing is kept."""
-
-    def read(self, window: Window) -> bytes:
-        """A window's content, see `raytune_ft.data.examples.decode`: from the cache, or made and kept there.
-
-        Raises:
-            DataError: the window cannot be read.
-            StorageError: the store failed.
-        """
-        found = self.objects[window.object]
-        key = None if self.cache is None else cache_key(found, window, self.data, self.encoder)
-        if self.cache is None or key is None:
-            return encode(tokenise_window(found, window, self.data, self.encoder))
-        cache = TokenCache(open_storage(self.cache))
-        content = cache.get(key)
-        if content is None:
-            content = encode(tokenise_window(found, window, self.data, self.encoder))
-            cache.put(key, content)
-        return content
-
-
-def task_cpus(node_cpus: float) -> float:
-    """What a task of the stream asks for on a node with so many CPUs: training has to leave as much free."""
-    return 1.0 if node_cpus >= 2 else 0.5
 
 
 def cluster_task_cpus() -> float:
@@ -149,11 +109,15 @@ def _read_windows(
     # A task has one CPU; the tokenizer would start a thread for each of the machine's.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for place in (place for group in batch["id"].tolist() for place in groups[group]):
+        # Records hold no cycles: the collector would go through them again and again, and find nothing.
+        gc.disable()
         try:
             row = {"window": place, "content": reader.read(windows[place]), "failure": None}
         except RaytuneError as error:
             # As a row, since an exception inside Ray is printed with its traceback and tried again.
             row = {"window": place, "content": b"", "failure": pickle.dumps(error)}
+        finally:
+            gc.enable()
         yield pa.Table.from_pylist([row], schema=_ROW)
         if row["failure"] is not None:
             return

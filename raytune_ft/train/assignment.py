@@ -12,7 +12,7 @@ import ray.exceptions
 
 from raytune_ft.data.counts import DataCounts
 from raytune_ft.data.order import Course
-from raytune_ft.data.stream import WindowReader
+from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.spec import JobSpec

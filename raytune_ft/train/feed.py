@@ -10,7 +10,8 @@ import ray.exceptions
 import ray.train.collective
 
 from raytune_ft.data.examples import TokenisedWindow, decode
-from raytune_ft.data.stream import WindowReader, stream_windows
+from raytune_ft.data.reader import WindowReader
+from raytune_ft.data.stream import stream_windows
 from raytune_ft.data.windows import Window
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.steps import OpenWindows

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune_ft.data.stream import task_cpus
+from raytune_ft.data.reader import task_cpus
 from raytune_ft.errors import BadInput
 from raytune_ft.spec import ClusterSpec
 

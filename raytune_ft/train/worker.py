@@ -12,7 +12,7 @@ import ray.train
 
 from raytune_ft.catalog import AdapterRecord
 from raytune_ft.data.counts import Counts
-from raytune_ft.data.examples import decode
+from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.errors import DataError, RaytuneError
 from raytune_ft.spec import JobSpec
@@ -49,9 +49,10 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     peers = Peers.current()
     events = EventWriter(assignment.channel)
     ledger = _ledger(job, data)
-    held_out = [decode(ray.get(content)).table for _, content in sorted(data.contents.items())]
-    validation, test = (Examples(held_out, split) for split in ("validation", "test"))
     first = peers.rank == 0
+    surveyed = sorted(data.contents.items()) if first else []
+    tables = [SCHEMA.empty_table(), *(decode(ray.get(content)).table for _, content in surveyed)]
+    validation, test = (Examples(tables, split) for split in ("validation", "test"))
     if first:
         events.write({"phase": "load"})
 

@@ -18,8 +18,9 @@ import raytune_ft.data.stream as stream_module
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
 from raytune_ft.data.index import divide
+from raytune_ft.data.reader import WindowReader, task_cpus
 from raytune_ft.data.sources import list_objects
-from raytune_ft.data.stream import WindowReader, stream_windows, task_cpus
+from raytune_ft.data.stream import stream_windows
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError, TrainingError
 from raytune_ft.spec import DataSpec

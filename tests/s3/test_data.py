@@ -9,8 +9,8 @@ import tiny
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
 from raytune_ft.data.index import divide
+from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import list_objects
-from raytune_ft.data.stream import WindowReader
 from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import open_storage

@@ -21,8 +21,8 @@ from raytune_ft.data.index import divide
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.data.mixture import SourceShape
 from raytune_ft.data.order import plan_course
+from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import list_objects
-from raytune_ft.data.stream import WindowReader
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import open_storage
 from raytune_ft.train.steps import Steps

@@ -13,7 +13,7 @@ import pytest
 from faultproxy import Fault, FaultProxy, Request
 from servers import S3Server
 
-from raytune_ft.errors import StorageDenied, StorageError, StorageMissing
+from raytune_ft.errors import StorageChanged, StorageDenied, StorageError, StorageMissing
 from raytune_ft.storage import Storage, arrow_filesystem, conditional_writes_hold, open_storage
 from raytune_ft.storage.s3 import PART_BYTES
 from raytune_ft.storage.s3_requests import Transient, connect, retry
@@ -33,6 +33,48 @@ def test_what_is_written_is_read(storage: Storage, tmp_path: Path) -> None:
     storage.download("file", tmp_path / "new" / "copy")
     assert (tmp_path / "new" / "copy").read_bytes() == b"from a file"
     assert os.listdir(tmp_path / "new") == ["copy"]
+
+
+def test_a_part_is_read(storage: Storage) -> None:
+    content = bytes(range(256)) * 4000
+    storage.write("a", content)
+    storage.write("empty", b"")
+    last = len(content)
+    for start, stop in (
+        (0, None),
+        (0, 10),
+        (5, None),
+        (300_000, 900_001),
+        (last - 3, last + 9),
+        (7, 7),
+        (9, 3),
+    ):
+        with storage.open("a", start, stop) as stream:
+            assert stream.read() == content[start:stop]
+    for start in (last, last + 5):
+        for stop in (None, last + 7):
+            with storage.open("a", start, stop) as stream:
+                assert stream.read() == b""
+    for start, stop in ((0, None), (0, 10), (3, None), (3, 10), (0, 0)):
+        with storage.open("empty", start, stop) as stream:
+            assert stream.read() == b""
+
+
+def test_another_version_is_refused(storage: Storage) -> None:
+    storage.write("a", b"1" * 1000)
+    first = storage.info("a")
+    assert first is not None
+    with storage.open("a", 10, 20, etag=first.etag) as stream:
+        assert stream.read() == b"1" * 10
+    storage.write("a", b"2" * 1001)
+    for start, stop in ((0, None), (0, 10), (10, 20), (5, 5), (1000, None), (5000, 6000)):
+        with pytest.raises(
+            StorageChanged, match=rf"^{storage.uri}/a: changed: not version {first.etag} any more"
+        ):
+            storage.open("a", start, stop, etag=first.etag)
+    storage.delete("a")
+    with pytest.raises(StorageMissing, match=f"^{storage.uri}/a: no such"):
+        storage.open("a", 10, 20, etag=first.etag)
 
 
 def test_what_is_not_there(storage: Storage, tmp_path: Path) -> None:
@@ -190,6 +232,26 @@ def test_a_stream_goes_on_where_it_broke(fault_proxy: FaultProxy, bucket: str) -
 
 
 @s3
+def test_a_part_goes_on_where_it_broke(fault_proxy: FaultProxy, bucket: str) -> None:
+    content = os.urandom(3_000_000)
+    storage = open_storage(f"s3://{bucket}")
+    storage.write("a", content)
+    found = storage.info("a")
+    assert found is not None
+    fault_proxy.plan = lambda _: Fault.TRUNCATED if len(fault_proxy.faults) < 3 else None
+    with storage.open("a", 1_000_001, 2_900_000, etag=found.etag) as stream:
+        assert stream.read() == content[1_000_001:2_900_000]
+    fault_proxy.plan = lambda request: Fault.TRUNCATED if request.method == "GET" else None
+    with storage.open("a", 1_000_001, 2_900_000, etag=found.etag) as stream:
+        stream.read(1000)
+        storage.write("a", os.urandom(3_000_000))
+        with pytest.raises(
+            StorageChanged, match=rf"^s3://{bucket}/a: changed: not version {found.etag} any more"
+        ):
+            stream.read()
+
+
+@s3
 def test_a_stream_never_mixes_two_contents(fault_proxy: FaultProxy, bucket: str) -> None:
     storage = open_storage(f"s3://{bucket}")
     storage.write("a", b"1" * 3_000_000)
@@ -198,7 +260,7 @@ def test_a_stream_never_mixes_two_contents(fault_proxy: FaultProxy, bucket: str)
         stream.read(1000)
         storage.write("a", b"2" * 3_000_000)
         with pytest.raises(
-            StorageError, match=rf"^s3://{bucket}/a: changed while it was being read; run again$"
+            StorageChanged, match=rf"^s3://{bucket}/a: changed while it was being read; run again$"
         ):
             stream.read()
 

@@ -17,7 +17,7 @@ from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
 from raytune_ft.data.index import divide
 from raytune_ft.data.sources import DataObject, list_objects
-from raytune_ft.data.stream import WindowReader
+from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError, StorageDenied, StorageError, StorageFull
 from raytune_ft.spec import DataSpec

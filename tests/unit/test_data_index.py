@@ -256,6 +256,18 @@ def test_documents_that_are_lines_after_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_windows")
+def test_lines_whose_first_is_broken_and_that_are_too_large_to_be_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b'{"a": \n' + DIVIDED["jsonl"][0]
+    found = stored(tmp_path / "x", content)
+    monkeypatch.setattr(index, "WHOLE_LIMIT_BYTES", 3000)
+    windows = divide(found, 0, "auto", None)
+    assert len(windows) > 4
+    assert what(read_all(found, windows)) == whole(content)
+
+
+@pytest.mark.usefixtures("small_windows")
 def test_one_malformed_record_of_a_divided_document(tmp_path: Path) -> None:
     parts = [json.dumps(row).encode() for row in ROWS]
     parts[100] = b'{"a": nothing}'
@@ -512,9 +524,11 @@ def test_several_values_are_told_from_one(values: list[Any], blocks: list[int]) 
 
 @given(st.binary(max_size=200), sizes, st.integers(0, 20))
 def test_any_bytes_have_some_structure(content: bytes, blocks: list[int], window_bytes: int) -> None:
-    for start in (b"[", b"{", b'{"examples": ['):
-        structure = borders.json_structure(in_blocks(start + content, blocks), window_bytes)
-        assert all(0 < begin <= end <= len(start + content) for begin, end, _ in structure.ranges)
+    for start in (b"[", b"{", b'{"examples": [', b"{[1]: "):
+        text = start + content
+        structure = borders.json_structure(in_blocks(text, blocks), window_bytes)
+        ranges, _ = document_ranges(structure, io.BytesIO(text), only_tasks=False) or ((), None)
+        assert all(0 < begin <= end <= len(text) for begin, end, _ in ranges)
 
 
 def test_lines_are_divided_by_size_alone(tmp_path: Path) -> None:
@@ -523,4 +537,4 @@ def test_lines_are_divided_by_size_alone(tmp_path: Path) -> None:
     windows = divide(found, 0, "auto", None)
     assert [window.start for window in windows] == [0, 1 << 20, 2 << 20]
     assert windows[-1].stop == len(content)
-    assert sum(1 for _ in read_all(found, windows)) == 400_000
+    assert sum(1 for _ in read_all(found, windows)) == 80_000

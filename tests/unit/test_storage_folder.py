@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_ft.catalog import layout
-from raytune_ft.errors import BadInput, StorageDenied, StorageError, StorageFull, StorageMissing
+from raytune_ft.errors import (
+    BadInput,
+    StorageChanged,
+    StorageDenied,
+    StorageError,
+    StorageFull,
+    StorageMissing,
+)
 from raytune_ft.storage import FolderStorage, base, join_uri, local_path, open_parent, open_storage, split_uri
 
 
@@ -56,6 +63,37 @@ def test_the_first_write_creates_the_folder_and_opening_does_not(tmp_path: Path)
     assert os.listdir(tmp_path) == []
     storage.write("c/d", b"1")
     assert (tmp_path / "a" / "b" / "c" / "d").read_bytes() == b"1"
+
+
+def test_a_file_that_is_rewritten_while_it_is_read(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("a", b"1" * 1_000_000)
+    found = storage.info("a")
+    assert found is not None
+    for stop in (None, 900_000):
+        with storage.open("a", 10, stop, etag=found.etag) as stream:
+            assert stream.read(10) == b"1" * 10
+            with (tmp_path / "a").open("r+b") as file:
+                file.write(b"2" * 1_000_000)
+            with pytest.raises(
+                StorageChanged, match=rf"^{tmp_path}/a: changed: not version {found.etag} any"
+            ):
+                stream.read()
+        storage.write("a", b"1" * 1_000_000)
+        found = storage.info("a")
+        assert found is not None
+
+
+def test_a_file_that_is_replaced_or_removed_is_read_to_its_end(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("a", b"1" * 1_000_000)
+    found = storage.info("a")
+    assert found is not None
+    with storage.open("a", etag=found.etag) as one, storage.open("a", 10, etag=found.etag) as other:
+        storage.write("a", b"2" * 1_000_000)
+        assert one.read() == b"1" * 1_000_000
+        storage.delete("a")
+        assert other.read() == b"1" * 999_990
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

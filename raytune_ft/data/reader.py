@@ -1,0 +1,46 @@
+"""Reads any window of a job's data, on any node. Knows nothing of Ray."""
+
+from dataclasses import dataclass
+
+from raytune_ft.data.cache import TokenCache, cache_key
+from raytune_ft.data.encoder import Encoder
+from raytune_ft.data.examples import encode, tokenise_window
+from raytune_ft.data.sources import DataObject
+from raytune_ft.data.windows import Window
+from raytune_ft.spec import DataSpec
+from raytune_ft.storage import open_storage
+
+
+@dataclass(frozen=True)
+class WindowReader:
+    """All that a task needs to turn windows into their tokenised contents. Travels to it."""
+
+    objects: tuple[DataObject, ...]
+    """Of the job."""
+    data: DataSpec
+    encoder: Encoder
+    cache: str | None
+    """Uri of the store that keeps contents; None where nothing is kept."""
+
+    def read(self, window: Window) -> bytes:
+        """A window's content, see `raytune_ft.data.examples.decode`: from the cache, or made and kept there.
+
+        Raises:
+            DataError: the window cannot be read.
+            StorageError: the store failed.
+        """
+        found = self.objects[window.object]
+        key = None if self.cache is None else cache_key(found, window, self.data, self.encoder)
+        if self.cache is None or key is None:
+            return encode(tokenise_window(found, window, self.data, self.encoder))
+        cache = TokenCache(open_storage(self.cache))
+        content = cache.get(key)
+        if content is None:
+            content = encode(tokenise_window(found, window, self.data, self.encoder))
+            cache.put(key, content)
+        return content
+
+
+def task_cpus(node_cpus: float) -> float:
+    """What a task of the stream asks for on a node with so many CPUs: training has to leave as much free."""
+    return 1.0 if node_cpus >= 2 else 0.5
