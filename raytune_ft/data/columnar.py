@@ -149,6 +149,7 @@ def _rows_of_groups(
 
 
 def _rows(batch: "pa.RecordBatch", uri: str, before: int, place: str = "") -> Iterator[RawRecord | BadRecord]:
+    _check(batch)
     for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
         part = batch.slice(start, _ROWS_PER_BATCH)
         try:
@@ -158,6 +159,32 @@ def _rows(batch: "pa.RecordBatch", uri: str, before: int, place: str = "") -> It
         for number, row in enumerate(rows):
             position = f"{place}record {before + start + number + 1}"
             yield _row(part, number, uri, position) if row is None else RawRecord(row, position)
+
+
+def _check(batch: "pa.RecordBatch") -> None:
+    """Refuse offsets that lead elsewhere: Arrow would follow them. Raises ArrowInvalid.
+
+    Whether text is UTF-8 is left to each row.
+    """
+    for column in batch.columns:
+        column.view(_without_text(column.type)).validate(full=True)
+
+
+def _without_text(type: "pa.DataType") -> "pa.DataType":
+    """The type of the same layout whose texts are bytes."""
+    import pyarrow as pa
+
+    if pa.types.is_string(type):
+        return pa.binary()
+    if pa.types.is_large_string(type):
+        return pa.large_binary()
+    if pa.types.is_list(type):
+        return pa.list_(_without_text(type.value_type))
+    if pa.types.is_large_list(type):
+        return pa.large_list(_without_text(type.value_type))
+    if pa.types.is_struct(type):
+        return pa.struct([field.with_type(_without_text(field.type)) for field in type])
+    return type
 
 
 def _row(batch: "pa.RecordBatch", number: int, uri: str, position: str) -> RawRecord | BadRecord:
@@ -185,6 +212,7 @@ def _arrow_errors(uri: str, format: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        # A damaged length asks for more memory than there is; a damaged name is not UTF-8.
+        reason = str(error).strip().partition("\n")[0] or "it asks for too much memory"
         raise DataError(f"{uri}: not a whole {format} file ({reason}); write it again") from None

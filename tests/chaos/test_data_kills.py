@@ -18,7 +18,7 @@ from botocore.config import Config
 
 from raytune_ft.storage import open_storage
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.s3]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.ray, pytest.mark.s3]
 
 RECORDS = {"numbers": 1500, "letters": 300, "words": 90}
 EPOCHS = 2
@@ -104,13 +104,7 @@ def kill_at_random(process: subprocess.Popen[bytes], bucket: str, catalog: str, 
     return True
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [
-        pytest.param([2, 1], id="two then one"),
-        pytest.param([2, 3, 1, 2, 3], marks=pytest.mark.slow, id="many"),
-    ],
-)
+@pytest.mark.parametrize("workers", [[2, 1], [2, 3, 1, 2, 3]], ids=["two then one", "one to three"])
 def test_killed_and_resumed_by_others(workspace: Path, bucket: str, workers: list[int]) -> None:
     quiet, killed = (job_file(workspace, bucket, name) for name in ("quiet", "killed"))
     undisturbed = start(quiet, 1)

@@ -127,6 +127,7 @@ def test_the_next_job_finds_what_was_tokenised(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_without_the_cache_nothing_is_left_in_the_bucket(
     undisturbed: Any, base: Path, two_sources: Path, tmp_path: Path
 ) -> None:
