@@ -90,7 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--first-mb", type=int, default=1000)
     parser.add_argument("--small-mb", type=int, default=100)
-    parser.add_argument("--large-mb", type=int, default=1000)
+    parser.add_argument("--large-mb", type=int, default=600)
     parser.add_argument("--full", action="store_true", help="2000 MB as the large epoch")
     parser.add_argument("--write", type=Path, help="the page whose tables to replace")
     parser.add_argument("--results", type=Path, help="folder for data_stream.json")

@@ -30,8 +30,8 @@ class WrappedStorage:
     def read_or_none(self, key: str) -> bytes | None:
         return self.inner.read_or_none(key)
 
-    def open(self, key: str) -> BinaryIO:
-        return self.inner.open(key)
+    def open(self, key: str, start: int = 0, stop: int | None = None, *, etag: str | None = None) -> BinaryIO:
+        return self.inner.open(key, start, stop, etag=etag)
 
     def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         return self.inner.list(prefix, limit)

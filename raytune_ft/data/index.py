@@ -17,7 +17,7 @@ from raytune_ft.data.documents import WHOLE_LIMIT_BYTES
 from raytune_ft.data.formats import ARROW_FILE, GZIP, HEAD_BYTES, find_format, is_blank
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.windows import WINDOW_BYTES, Unit, Window, byte_ranges, group
-from raytune_ft.errors import DataError, StorageDenied
+from raytune_ft.errors import DataError, StorageDenied, StorageFull
 from raytune_ft.storage import Storage
 
 SCAN_BYTES = 16 << 20
@@ -151,7 +151,7 @@ def _scanned(found: DataObject, format: str, head: bytes, cache: Storage | None)
     kept = None if cache is None else _read(cache, key, found.size_bytes)
     division = kept or _scan(found, format, head)
     if cache is not None and kept is None:
-        with suppress(StorageDenied):  # A cache that may only be read is still one.
+        with suppress(StorageDenied, StorageFull):  # The next run scans again.
             cache.write(key, _encode(division))
     if division.unit == "object":
         _check_size(found, found.size_bytes, f"its {format} is no list of records")
@@ -192,7 +192,11 @@ def _key(found: DataObject, format: str) -> str:
 
 def _read(cache: Storage, key: str, size_bytes: int) -> Division | None:
     """What is kept of a scan; None where that is nothing, or damaged."""
-    digest, _, content = (cache.read_or_none(key) or b"").partition(b"\n")
+    try:
+        digest, _, content = (cache.read_or_none(key) or b"").partition(b"\n")
+    except StorageDenied:
+        # A store that may not be listed answers so for what is not there.
+        return None
     if hashlib.sha256(content).hexdigest().encode() != digest:
         return None
     try:

@@ -16,8 +16,8 @@ from raytune_ft.data.cache import TokenCache, cache_key
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
 from raytune_ft.data.index import divide
-from raytune_ft.data.sources import DataObject, list_objects
 from raytune_ft.data.reader import WindowReader
+from raytune_ft.data.sources import DataObject, list_objects
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError, StorageDenied, StorageError, StorageFull
 from raytune_ft.spec import DataSpec

@@ -21,7 +21,7 @@ from raytune_ft.data.formats import BadRecord, RawRecord, read_records, read_win
 from raytune_ft.data.index import divide
 from raytune_ft.data.sources import DataObject, list_objects
 from raytune_ft.data.windows import Window, byte_ranges, group
-from raytune_ft.errors import DataError, StorageDenied
+from raytune_ft.errors import DataError, StorageDenied, StorageError, StorageFull
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import FolderStorage, open_storage
 
@@ -336,14 +336,25 @@ def test_a_damaged_scan_is_made_again(tmp_path_factory: pytest.TempPathFactory, 
     assert cache.read(key) == kept
 
 
-@pytest.mark.usefixtures("small_windows")
-def test_a_cache_that_may_not_be_written(tmp_path: Path) -> None:
-    class ReadOnly(FolderStorage):
-        def write(self, key: str, data: bytes | Path) -> None:
-            raise StorageDenied(f"{self.uri}/{key}: {type(data).__name__} denied")
+class RefusingStorage(FolderStorage):
+    """A folder that neither gives nor takes."""
 
+    refusal: type[StorageError]
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        raise self.refusal(f"{self.uri}/{key}: {type(data).__name__} refused")
+
+    def read_or_none(self, key: str) -> bytes | None:
+        raise StorageDenied(f"{self.uri}/{key}: denied")
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("refusal", [StorageDenied, StorageFull])
+def test_a_cache_that_cannot_be_used(tmp_path: Path, refusal: type[StorageError]) -> None:
+    cache = RefusingStorage(tmp_path / "cache")
+    object.__setattr__(cache, "refusal", refusal)
     found = stored(tmp_path / "x", DIVIDED["csv"][0])
-    assert divide(found, 0, "auto", ReadOnly(tmp_path / "cache")) == divide(found, 0, "auto", None)
+    assert divide(found, 0, "auto", cache) == divide(found, 0, "auto", None)
 
 
 # ---- properties: content, blocks and windows of any size
