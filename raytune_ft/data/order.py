@@ -130,16 +130,14 @@ class EpochPlan:
         while at < end:
             task_epoch, first = divmod(at, shape.total)
             last = min(shape.total, first + end - at)
-            parts = _overlaps(shape, self._window_order(source, shape, task_epoch), first, last)
+            order = window_order(len(shape.sizes), self.course.seed, source, task_epoch)
+            parts = _overlaps(shape, order, first, last)
             for number, (place, begin, stop) in enumerate(parts):
                 pool += number % (limit or len(parts)) == 0
                 window, size = shape.windows[place], shape.sizes[place]
                 readings.append(Reading(source, window, task_epoch, begin, stop, size, pool))
             at += last - first
         return readings
-
-    def _window_order(self, source: int, shape: SourceShape, task_epoch: int) -> Numbers:
-        return _permutation(len(shape.sizes), self.course.seed, _WINDOWS, source, task_epoch)
 
 
 @dataclass(frozen=True)
@@ -221,6 +219,11 @@ def plan_course(
 
 
 _WINDOWS, _ROWS, _POOL, _BLOCK = range(4)
+
+
+def window_order(windows: int, seed: int, source: int, task_epoch: int) -> Numbers:
+    """In which order a pass over a source goes through its windows."""
+    return _permutation(windows, seed, _WINDOWS, source, task_epoch)
 
 
 def _overlaps(shape: SourceShape, order: Numbers, first: int, last: int) -> list[tuple[int, int, int]]:

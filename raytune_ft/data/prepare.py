@@ -16,6 +16,7 @@ from raytune_ft.data.examples import decode
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.index import divide
 from raytune_ft.data.mixture import SourceShape
+from raytune_ft.data.order import POOL_WINDOWS, window_order
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import DataObject, fingerprint, list_objects
 from raytune_ft.data.stream import cluster_task_cpus, ray_reason, stream_windows
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 SURVEY_BYTES = 64 << 20
 """Data up to this size is read as a whole before training, and its contents stay on the cluster."""
-SAMPLE_WINDOWS = 8
-"""About how many windows of larger data are read before training; of each source at least one."""
 KEPT_BYTES = 64 << 20
 """Contents of a sample that stay on the cluster: its windows may be whole objects, and there may be many."""
 _DIVIDED_HERE = 16
@@ -112,7 +111,7 @@ def prepare(
     cache_uri = join_uri(job.publish.catalog.rstrip("/"), "cache") if cache else None
     reader = WindowReader(objects, job.data, encoder, cache_uri)
     windows = divide_all(reader)
-    contents, reports = _read(windows, surveyed(windows), reader)
+    contents, reports = _read(windows, surveyed(windows, job.data.seed), reader)
     survey = Survey(windows, reports)
     bad = tuple(record for report in survey.read() for record in report.bad)[:KEPT_BAD_RECORDS]
     if bad and quarantine is not None:
@@ -134,24 +133,22 @@ def prepare(
     )
 
 
-def surveyed(windows: Sequence[Window]) -> list[int]:
-    """Which windows are read before training: all, or the middles of equal strata of each source's.
+def surveyed(windows: Sequence[Window], seed: int) -> list[int]:
+    """Which windows are read before training: all, or those of each source that an epoch begins with.
 
-    >>> surveyed([Window(0, 0, part, "bytes", part << 20, part + 1 << 20, 1 << 20, "") for part in range(80)])
-    [5, 15, 25, 35, 45, 55, 65, 75]
+    They are drawn at random, as a sample should be, and training needs nothing more for its first steps.
     """
     if sum(window.size_bytes for window in windows) <= SURVEY_BYTES:
         return list(range(len(windows)))
     of_source: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         of_source.setdefault(window.source, []).append(number)
-    strata = max(1, SAMPLE_WINDOWS // len(of_source))
+    count = max(1, POOL_WINDOWS // len(of_source))
     chosen = []
-    for numbers in of_source.values():
+    for source, numbers in of_source.items():
+        in_order = [numbers[at] for at in window_order(len(numbers), seed, source, task_epoch=0)]
         # A file without content tells nothing of the others.
-        numbers = [number for number in numbers if windows[number].size_bytes] or numbers
-        count = min(strata, len(numbers))
-        chosen += [numbers[(2 * stratum + 1) * len(numbers) // (2 * count)] for stratum in range(count)]
+        chosen += ([n for n in in_order if windows[n].size_bytes] or in_order)[:count]
     return sorted(chosen)
 
 

@@ -26,6 +26,8 @@ STREAM_BYTES = 64 << 20
 SEGMENT_WINDOWS = 2000
 """Windows of one execution, so that the plan of it stays small however much data there is."""
 _TASK_WINDOWS = 64
+_TASK_BYTES = 4 << 20
+_SHORT_TASKS = 8
 Contents = Generator[tuple[int, pa.Buffer], None, None]
 """Places of windows with their contents. Closing it ends the execution."""
 _ROW = pa.schema([("window", pa.int64()), ("content", pa.large_binary()), ("failure", pa.binary())])
@@ -75,7 +77,8 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
     # It would say, among other things, that it shows no progress bars.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     groups = _groups(windows)
-    dataset = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
+    # One block for each group: a range would have tasks of its own to make the numbers.
+    dataset = ray.data.from_arrow([pa.table({"id": [group]}) for group in range(len(groups))]).map_batches(
         partial(_read_windows, windows=tuple(windows), groups=groups, reader=reader),
         batch_size=None,
         num_cpus=cluster_task_cpus(),
@@ -88,13 +91,14 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
 
 
 def _groups(windows: Sequence[Window]) -> tuple[range, ...]:
-    """Places that follow each other and that one task reads: a task for each small file would take longer
-    than reading it."""
+    """Places that follow each other and that one task reads: starting a task takes as long as reading a small
+    window. The first are short, since somebody waits for them."""
     groups: list[range] = []
     size_bytes = 0
     for place, window in enumerate(windows):
         size_bytes += window.size_bytes
-        if groups and size_bytes <= WINDOW_BYTES and len(groups[-1]) < _TASK_WINDOWS:
+        limit_bytes = WINDOW_BYTES if len(groups) <= _SHORT_TASKS else _TASK_BYTES
+        if groups and size_bytes <= limit_bytes and len(groups[-1]) < _TASK_WINDOWS:
             groups[-1] = range(groups[-1].start, place + 1)
         else:
             groups.append(range(place, place + 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 512 << 10
 """About how much of an object a window covers, where its format can be divided."""
 
 Unit = Literal["object", "bytes", "row_groups", "batches"]

@@ -1,8 +1,11 @@
 """Where workers get their windows: from Ray's object store, or from an execution that runs ahead of them."""
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import ray
@@ -10,46 +13,56 @@ import ray.exceptions
 import ray.train.collective
 
 from raytune_ft.data.examples import TokenisedWindow, decode
-from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.stream import stream_windows
-from raytune_ft.data.windows import Window
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.steps import OpenWindows
 
 _CONTENTS_AHEAD = 2
+_Stream = Callable[[Sequence[int]], Generator[Any, None, None]]
+"""Contents of windows, in the order in which they are asked for."""
 
 
 def open_feed(data: TrainingData, rank: int, workers: int) -> OpenWindows:
     """How a worker opens windows. All workers of a run have to call this, and then open the same ones.
 
-    Several workers share one execution, so that nothing is tokenised twice: an actor passes each window's
-    content to all of them through the object store. Token ids are small beside what training on them takes.
+    What was read before training is in Ray's object store. For the rest several workers share one execution,
+    so that nothing is tokenised twice: an actor passes each window's content to all of them. Token ids are
+    small beside what training on them takes.
     """
     if data.course.counted:
-        return lambda numbers: (decode(ray.get(data.contents[number])) for number in numbers)
-    if workers == 1:
-        return lambda numbers: _streamed(data.windows, data.reader, numbers)
-    shared_stream = ray.remote(num_cpus=0)(_SharedStream)
-    actor = shared_stream.remote(data.windows, data.reader, workers) if rank == 0 else None
-    shared = ray.train.collective.broadcast_from_rank_zero(actor)
-    return _from_actor(shared, rank)
+        stream: _Stream = _nothing
+    elif workers == 1:
+        stream = partial(_streamed, data)
+    else:
+        actor = ray.remote(num_cpus=0)(_SharedStream).remote(data, workers) if rank == 0 else None
+        stream = _from_actor(ray.train.collective.broadcast_from_rank_zero(actor), rank)
+
+    def open_windows(numbers: Sequence[int]) -> Iterator[TokenisedWindow]:
+        coming = stream([number for number in numbers if number not in data.contents])
+        try:
+            for number in numbers:
+                kept = data.contents.get(number)
+                yield decode(next(coming) if kept is None else ray.get(kept))
+        finally:
+            coming.close()
+
+    return open_windows
 
 
-def _streamed(
-    windows: Sequence[Window], reader: WindowReader, numbers: Sequence[int]
-) -> Iterator[TokenisedWindow]:
-    streamed = stream_windows([windows[number] for number in numbers], reader)
-    try:
-        for _, content in streamed:
-            yield decode(content)
-    finally:
-        streamed.close()
+def _nothing(_: Sequence[int]) -> Generator[Any, None, None]:
+    yield from ()
 
 
-def _from_actor(shared: Any, rank: int) -> OpenWindows:
-    opened = 0
+def _streamed(data: TrainingData, numbers: Sequence[int]) -> Generator[Any, None, None]:
+    with closing(stream_windows([data.windows[number] for number in numbers], data.reader)) as streamed:
+        yield from (content for _, content in streamed)
 
-    def contents(opening: int, numbers: Sequence[int]) -> Iterator[TokenisedWindow]:
+
+def _from_actor(shared: Any, rank: int) -> _Stream:
+    openings = count(1)
+
+    def contents(numbers: Sequence[int]) -> Generator[Any, None, None]:
+        opening = next(openings)
         shared.open.remote(opening, list(numbers))
         asked = deque(
             shared.content.remote(rank, opening, at) for at in range(len(numbers[:_CONTENTS_AHEAD]))
@@ -61,21 +74,16 @@ def _from_actor(shared: Any, rank: int) -> OpenWindows:
                 raise error.cause from None
             if at + _CONTENTS_AHEAD < len(numbers):
                 asked.append(shared.content.remote(rank, opening, at + _CONTENTS_AHEAD))
-            yield decode(ray.get(content))
+            yield ray.get(content)
 
-    def open_windows(numbers: Sequence[int]) -> Iterator[TokenisedWindow]:
-        nonlocal opened
-        opened += 1
-        return contents(opened, numbers)
-
-    return open_windows
+    return contents
 
 
 @dataclass
 class _Opened:
     """Windows on their way to all workers."""
 
-    stream: Generator[tuple[int, Any], None, None]
+    stream: Generator[Any, None, None]
     arrived: int = 0
     waiting: dict[int, tuple[Any, set[int]]] = field(default_factory=dict)
     """Contents that not all workers have taken, and who has."""
@@ -84,17 +92,15 @@ class _Opened:
 class _SharedStream:
     """One execution for all workers of a run. It ends with the worker that started it."""
 
-    def __init__(self, windows: Sequence[Window], reader: WindowReader, workers: int) -> None:
-        self._windows = windows
-        self._reader = reader
+    def __init__(self, data: TrainingData, workers: int) -> None:
+        self._data = data
         self._workers = workers
         self._opened: dict[int, _Opened] = {}
 
     def open(self, opening: int, numbers: Sequence[int]) -> None:
         """Begin to stream; the first worker to ask does it for all."""
         if opening not in self._opened:
-            windows = [self._windows[number] for number in numbers]
-            self._opened[opening] = _Opened(stream_windows(windows, self._reader))
+            self._opened[opening] = _Opened(_streamed(self._data, numbers))
             # Workers are a few steps apart at most: nobody is two epochs behind.
             if before := self._opened.pop(opening - 2, None):
                 before.stream.close()
@@ -103,8 +109,7 @@ class _SharedStream:
         """A reference to the content at a place of what was opened; each worker asks in order."""
         opened = self._opened[opening]
         if at == opened.arrived:
-            _, content = next(opened.stream)
-            opened.waiting[at] = (ray.put(content), set())
+            opened.waiting[at] = (ray.put(next(opened.stream)), set())
             opened.arrived += 1
         reference, taken = opened.waiting[at]
         taken.add(rank)
