@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, NO_LEARNED_TOKENS, Counts, WindowReport
@@ -104,7 +105,23 @@ def decode(content: bytes | pa.Buffer) -> TokenisedWindow:
         raise ValueError(f"not a tokenised window: {error}") from None
     if str(_checksum(batch, metadata[_REPORT])).encode() != metadata[_CHECKSUM]:
         raise ValueError("a damaged tokenised window: its checksum is another")
-    return TokenisedWindow(pa.Table.from_batches([batch]), _reports().validate_json(metadata[_REPORT]))
+    report = _reports().validate_json(metadata[_REPORT])
+    if any(column.null_count for column in batch.columns) or not _agree(batch, report):
+        raise ValueError("a damaged tokenised window: its examples are not those that its report counts")
+    return TokenisedWindow(pa.Table.from_batches([batch]), report)
+
+
+def _agree(batch: pa.RecordBatch, report: WindowReport) -> bool:
+    """Whether a table is what its report says. What stands in a cache may be anybody's."""
+    ids, learned = batch["input_ids"], batch["learned"]
+    train = pc.sum(pc.equal(batch["split"], "train")).as_py() or 0
+    lowest = pc.min(ids.values).as_py()
+    return (
+        train == report.counts.train
+        and ids.values.null_count + learned.values.null_count == 0
+        and ids.offsets.equals(learned.offsets)
+        and (lowest is None or lowest >= 0)
+    )
 
 
 def _checksum(batch: pa.RecordBatch, report: bytes) -> int:

@@ -1,9 +1,9 @@
 """The order of the data: a pure function of (window sizes, seed, epoch, mixture). No torch, no ray, no clock.
 
-Each source is a stream of its windows in a random order, shuffled again within pools of windows; an epoch
-takes from each stream what its mixture says, interleaves them in blocks that hold the sources in exact
-proportion, shuffles the blocks, and cuts them into steps of `batch.sequences` examples. Nothing else decides
-what a step sees: neither how many workers there are, nor what was read first, nor how often a run was killed.
+Each source is a stream of its windows in a random order, shuffled again within pools of windows. An epoch
+takes from each stream what its mixture says, merges them so that all are used up evenly, shuffles the result
+in blocks, and cuts it into steps of `batch.sequences` examples. Nothing else decides what a step sees:
+neither how many workers there are, nor what was read first, nor how often a run was killed.
 """
 
 import math
@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import count, pairwise
-from typing import Any
+from itertools import count, groupby, pairwise
 
 import numpy as np
 
@@ -20,11 +19,14 @@ from raytune_ft.data.mixture import SourceShape, shares
 from raytune_ft.spec import DataSpec
 
 POOL_WINDOWS = 8
-"""Windows of a streamed run that are shuffled together, over all sources: what a worker holds in memory."""
+"""Windows of a streamed run that are shuffled together, over all sources but at least one of each: what a
+worker holds in memory."""
 BLOCK_EXAMPLES = 1024
-"""Examples within which the sources stand in exact proportion."""
+"""Examples that are shuffled once more, when the sources were merged."""
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
+Examples = np.ndarray[tuple[int], np.dtype[np.void]]
+_EXAMPLE = np.dtype([("position", np.float64), ("reading", np.int64), ("row", np.int64)])
 CountOf = Callable[[int], int]
 """How many training examples a window has; asked for in the order of `EpochPlan.readings`."""
 
@@ -88,25 +90,25 @@ class EpochPlan:
         return sum(len(reading.rows(count_of(reading.window))) for reading in self.readings)
 
     def blocks(self, count_of: CountOf) -> Iterator[StepOrder]:
-        """The epoch as blocks of at most BLOCK_EXAMPLES, in each of which the sources stand in proportion."""
-        streams = [_SourceStream(self, source, count_of) for source in range(len(self.course.sources))]
-        feeder = _Feeder(self.readings, streams)
-        shares = np.array([float(units) for units in self.course.examples_per_epoch])
-        credit = np.zeros(len(streams))
-        live = [source for source, stream in enumerate(streams) if feeder.fill(stream, 1)]
-        for number in count():
-            if not live:
-                return
-            takes = _quotas(live, shares, credit)
-            parts = []
-            for source in live:
-                feeder.fill(streams[source], takes[source])
-                parts.append(streams[source].take(takes[source]))
-            block = np.concatenate(parts)
-            block = block[_permutation(len(block), self.course.seed, _BLOCK, self.epoch, number)]
-            if len(block):
-                yield StepOrder(self.epoch, block[:, 0], block[:, 1])
-            live = [source for source in live if feeder.fill(streams[source], 1)]
+        """The epoch as shuffled blocks of BLOCK_EXAMPLES, in each of which the sources stand in proportion.
+
+        Each example has a position between 0 and 1: how much of its source the epoch has used up before it.
+        The sources are merged by it, so that they end together however many examples their bytes turn out
+        to hold, and nothing has to wait longer than its own pool lasts.
+        """
+        merged = waiting = np.zeros(0, dtype=_EXAMPLE)
+        numbers = count()
+        for start, pool in [*self._pools(), (math.inf, [])]:
+            due = waiting["position"] < start
+            next_up = waiting[due]
+            in_order = np.lexsort((next_up["reading"], next_up["position"]))
+            merged = np.concatenate([merged, next_up[in_order]])
+            while len(merged) >= BLOCK_EXAMPLES:
+                yield self._block(merged[:BLOCK_EXAMPLES], next(numbers))
+                merged = merged[BLOCK_EXAMPLES:]
+            waiting = np.concatenate([waiting[~due], self._shuffled(start, pool, count_of)])
+        if len(merged):
+            yield self._block(merged, next(numbers))
 
     def steps(self, count_of: CountOf) -> Iterator[StepOrder]:
         """The epoch cut into steps; the last one may hold fewer examples, for epochs share no step."""
@@ -138,6 +140,50 @@ class EpochPlan:
                 readings.append(Reading(source, window, task_epoch, begin, stop, size, pool))
             at += last - first
         return readings
+
+    def _pools(self) -> Iterator[tuple[float, list[tuple[int, Reading]]]]:
+        """Readings that are shuffled together, with their numbers, and the position at which they begin."""
+        used = [0] * len(self.course.sources)
+        numbered = enumerate(self.readings)
+        for (source, _), group in groupby(numbered, key=lambda item: (item[1].source, item[1].pool)):
+            pool = list(group)
+            yield used[source] / self._units[source], pool
+            used[source] += sum(reading.last - reading.first for _, reading in pool)
+
+    @cached_property
+    def _units(self) -> list[int]:
+        """What the epoch takes of each source, in the units of its windows' sizes."""
+        units = [0] * len(self.course.sources)
+        for reading in self.readings:
+            units[reading.source] += reading.last - reading.first
+        return units
+
+    def _shuffled(self, start: float, pool: Sequence[tuple[int, Reading]], count_of: CountOf) -> Examples:
+        """The examples of a pool in random order, evenly over the positions that the pool covers."""
+        if not pool:
+            return np.zeros(0, dtype=_EXAMPLE)
+        parts = [self._rows(number, reading, count_of) for number, reading in pool]
+        numbers, rows = np.concatenate(parts, axis=1)
+        _, first = pool[0]
+        key = (first.source, first.task_epoch, self.epoch, first.pool)
+        order = _permutation(len(rows), self.course.seed, _POOL, *key)
+        units = sum(reading.last - reading.first for _, reading in pool)
+        examples = np.zeros(len(rows), dtype=_EXAMPLE)
+        places = (np.arange(len(rows)) + 0.5) / max(1, len(rows))
+        examples["position"] = start + places * units / self._units[first.source]
+        examples["reading"], examples["row"] = numbers[order], rows[order]
+        return examples
+
+    def _rows(self, number: int, reading: Reading, count_of: CountOf) -> Numbers:
+        examples = count_of(reading.window)
+        order = _permutation(examples, self.course.seed, _ROWS, reading.window, reading.task_epoch)
+        places = reading.rows(examples)
+        rows = order[places.start : places.stop]
+        return np.stack([np.full(len(rows), number), rows])
+
+    def _block(self, examples: Examples, number: int) -> StepOrder:
+        examples = examples[_permutation(len(examples), self.course.seed, _BLOCK, self.epoch, number)]
+        return StepOrder(self.epoch, examples["reading"], examples["row"])
 
 
 @dataclass(frozen=True)
@@ -248,76 +294,3 @@ def _permutation(size: int, seed: int, *key: int) -> Numbers:
     random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key))
     order: Numbers = np.argsort(random.random_raw(size), kind="stable")
     return order
-
-
-def _quotas(live: Sequence[int], shares: np.ndarray[Any, Any], credit: np.ndarray[Any, Any]) -> list[int]:
-    """How many examples of a block each source gives: the largest remainders, carried from block to block."""
-    credit[live] += BLOCK_EXAMPLES * shares[live] / shares[live].sum()
-    takes = [0] * len(shares)
-    for source in live:
-        takes[source] = max(0, math.floor(credit[source]))
-    missing = BLOCK_EXAMPLES - sum(takes)
-    for source in sorted(live, key=lambda s: (takes[s] - credit[s], s))[: max(0, missing)]:
-        takes[source] += 1
-    credit[live] -= [takes[source] for source in live]
-    return takes
-
-
-class _SourceStream:
-    """The examples of a source that were read and wait for their turn."""
-
-    def __init__(self, plan: EpochPlan, source: int, count_of: CountOf) -> None:
-        self._seed = plan.course.seed
-        self._epoch = plan.epoch
-        self._source = source
-        self._count_of = count_of
-        self._ready = np.zeros((0, 2), dtype=np.int64)
-        self._pool: list[tuple[int, Reading]] = []
-        self.left = sum(reading.source == source for reading in plan.readings)
-        """Readings that are still to come."""
-
-    def __len__(self) -> int:
-        return len(self._ready)
-
-    def add(self, number: int, reading: Reading, *, ends_pool: bool) -> None:
-        """Take the next reading, which has `number` in the epoch."""
-        self.left -= 1
-        self._pool.append((number, reading))
-        if ends_pool:
-            parts = [self._rows(number, reading) for number, reading in self._pool]
-            pool = np.concatenate(parts)
-            key = (self._source, reading.task_epoch, self._epoch, reading.pool)
-            pool = pool[_permutation(len(pool), self._seed, _POOL, *key)]
-            self._ready = np.concatenate([self._ready, pool])
-            self._pool = []
-
-    def take(self, count: int) -> Numbers:
-        """The next `count` examples, or all that are left: (reading, row) each."""
-        taken, self._ready = self._ready[:count], self._ready[count:]
-        return taken
-
-    def _rows(self, number: int, reading: Reading) -> Numbers:
-        examples = self._count_of(reading.window)
-        order = _permutation(examples, self._seed, _ROWS, reading.window, reading.task_epoch)
-        places = reading.rows(examples)
-        rows = order[places.start : places.stop]
-        return np.stack([np.full(len(rows), number), rows], axis=1)
-
-
-class _Feeder:
-    """Hands the readings of an epoch to their sources, in their order and only as far as they are needed."""
-
-    def __init__(self, readings: Sequence[Reading], streams: Sequence[_SourceStream]) -> None:
-        self._readings = readings
-        self._streams = streams
-        self._next = 0
-
-    def fill(self, stream: _SourceStream, wanted: int) -> bool:
-        """Read until the source has `wanted` examples or nothing more to give; whether it has any."""
-        while len(stream) < wanted and stream.left:
-            reading = self._readings[self._next]
-            following = self._readings[self._next + 1 : self._next + 2]
-            ends = not following or (following[0].source, following[0].pool) != (reading.source, reading.pool)
-            self._streams[reading.source].add(self._next, reading, ends_pool=ends)
-            self._next += 1
-        return len(stream) > 0

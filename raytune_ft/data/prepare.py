@@ -21,7 +21,7 @@ from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import DataObject, fingerprint, list_objects
 from raytune_ft.data.stream import cluster_task_cpus, ray_reason, stream_windows
 from raytune_ft.data.template import AUTO, check_template
-from raytune_ft.data.windows import Window
+from raytune_ft.data.windows import WINDOW_BYTES, Window
 from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import JobSpec
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SURVEY_BYTES = 64 << 20
 """Data up to this size is read as a whole before training, and its contents stay on the cluster."""
+SAMPLE_BYTES = POOL_WINDOWS * WINDOW_BYTES
+"""About how much of larger data is read before training; of each source at least a window."""
+SAMPLE_WINDOWS = 256
+"""How many files a sample of very small ones has at most, of each source."""
 KEPT_BYTES = 64 << 20
 """Contents of a sample that stay on the cluster: its windows may be whole objects, and there may be many."""
 _DIVIDED_HERE = 16
@@ -125,7 +129,10 @@ def prepare(
         contents=contents,
         reports=reports,
         counts=counts,
-        examples=tuple(source.train for source in counts.sources),
+        # What is estimated at nothing would never be read.
+        examples=tuple(
+            source.train if survey.complete else max(1, source.train) for source in counts.sources
+        ),
         bad=bad,
         end_ids=tuple(sorted(set().union(*(report.end_ids for report in reports.values())))),
         templates=tuple(_template(survey.read(source)) for source in range(len(job.data.sources))),
@@ -143,13 +150,25 @@ def surveyed(windows: Sequence[Window], seed: int) -> list[int]:
     of_source: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         of_source.setdefault(window.source, []).append(number)
-    count = max(1, POOL_WINDOWS // len(of_source))
     chosen = []
     for source, numbers in of_source.items():
         in_order = [numbers[at] for at in window_order(len(numbers), seed, source, task_epoch=0)]
         # A file without content tells nothing of the others.
-        chosen += ([n for n in in_order if windows[n].size_bytes] or in_order)[:count]
+        filled = [number for number in in_order if windows[number].size_bytes] or in_order
+        chosen += _sample(filled, windows, SAMPLE_BYTES // len(of_source))
     return sorted(chosen)
+
+
+def _sample(numbers: Sequence[int], windows: Sequence[Window], size_bytes: int) -> list[int]:
+    """The first windows that have so many bytes; of very small files no more than SAMPLE_WINDOWS."""
+    taken: list[int] = []
+    taken_bytes = 0
+    for number in numbers[:SAMPLE_WINDOWS]:
+        if taken and taken_bytes >= size_bytes:
+            break
+        taken.append(number)
+        taken_bytes += windows[number].size_bytes
+    return taken
 
 
 def divide_all(reader: WindowReader) -> tuple[Window, ...]:

@@ -43,4 +43,4 @@ class WindowReader:
 
 def task_cpus(node_cpus: float) -> float:
     """What a task of the stream asks for on a node with so many CPUs: training has to leave as much free."""
-    return 1.0 if node_cpus >= 2 else 0.5
+    return 0.5 if node_cpus >= 2 else 0.25

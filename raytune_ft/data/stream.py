@@ -82,6 +82,8 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
         partial(_read_windows, windows=tuple(windows), groups=groups, reader=reader),
         batch_size=None,
         num_cpus=cluster_task_cpus(),
+        # Tasks ask for less than they use, to find room beside training; there are no more of them than CPUs.
+        concurrency=max(1, int(ray.cluster_resources().get("CPU", 1.0))),
     )
     options = dataset.context.execution_options
     options.preserve_order = True

@@ -14,6 +14,7 @@ import ray.train.collective
 
 from raytune_ft.data.examples import TokenisedWindow, decode
 from raytune_ft.data.stream import stream_windows
+from raytune_ft.errors import RaytuneError
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.steps import OpenWindows
 
@@ -63,7 +64,7 @@ def _from_actor(shared: Any, rank: int) -> _Stream:
 
     def contents(numbers: Sequence[int]) -> Generator[Any, None, None]:
         opening = next(openings)
-        shared.open.remote(opening, list(numbers))
+        shared.open.remote(rank, opening, list(numbers))
         asked = deque(
             shared.content.remote(rank, opening, at) for at in range(len(numbers[:_CONTENTS_AHEAD]))
         )
@@ -87,6 +88,8 @@ class _Opened:
     arrived: int = 0
     waiting: dict[int, tuple[Any, set[int]]] = field(default_factory=dict)
     """Contents that not all workers have taken, and who has."""
+    failure: RaytuneError | None = None
+    """What ended the stream, for every worker that asks."""
 
 
 class _SharedStream:
@@ -94,25 +97,32 @@ class _SharedStream:
 
     def __init__(self, data: TrainingData, workers: int) -> None:
         self._data = data
-        self._workers = workers
+        self._newest = [0] * workers
+        """The opening that each worker reads."""
         self._opened: dict[int, _Opened] = {}
 
-    def open(self, opening: int, numbers: Sequence[int]) -> None:
+    def open(self, rank: int, opening: int, numbers: Sequence[int]) -> None:
         """Begin to stream; the first worker to ask does it for all."""
         if opening not in self._opened:
             self._opened[opening] = _Opened(_streamed(self._data, numbers))
-            # Workers are a few steps apart at most: nobody is two epochs behind.
-            if before := self._opened.pop(opening - 2, None):
-                before.stream.close()
+        self._newest[rank] = opening
+        for left in [earlier for earlier in self._opened if earlier < min(self._newest)]:
+            self._opened.pop(left).stream.close()
 
     def content(self, rank: int, opening: int, at: int) -> list[Any]:
         """A reference to the content at a place of what was opened; each worker asks in order."""
         opened = self._opened[opening]
+        if opened.failure:
+            raise opened.failure
         if at == opened.arrived:
-            opened.waiting[at] = (ray.put(next(opened.stream)), set())
+            try:
+                opened.waiting[at] = (ray.put(next(opened.stream)), set())
+            except RaytuneError as error:
+                opened.failure = error
+                raise
             opened.arrived += 1
         reference, taken = opened.waiting[at]
         taken.add(rank)
-        if len(taken) == self._workers:
+        if len(taken) == len(self._newest):
             del opened.waiting[at]
         return [reference]

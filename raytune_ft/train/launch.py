@@ -11,7 +11,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -270,9 +270,10 @@ class _Follower:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, *details: object) -> None:
         self._scalars.close()
-        if kind is None:
+        # Where the cluster is gone, so are its events.
+        with suppress(Exception):
             self._reader.close()
 
     def take(self) -> None:

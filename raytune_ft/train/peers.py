@@ -41,6 +41,10 @@ class Peers:
         dist.all_reduce(totals)
         return totals.tolist()
 
+    def smallest(self, value: float) -> float:
+        """The least of all workers' values, so that what each decides by its own machine is the same."""
+        return min(self.sum([value if rank == self.rank else 0.0 for rank in range(self.count)]))
+
     def barrier(self) -> None:
         """Wait for all."""
         self.sum([0.0])

@@ -43,15 +43,22 @@ def place(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Placeme
         raise BadInput(
             f"cluster.workers = {cluster.workers}: the cluster has {gpus} GPUs; use as many, or add nodes"
         )
-    sizes = sorted(
-        (max(1.0, node.get("CPU", 1.0)) for node in nodes if not use_gpu or node.get("GPU", 0.0) >= 1),
-        reverse=True,
-    )
-    used = sizes[: cluster.workers] or [1.0]
-    smallest = used[-1]
-    per_node = -(-cluster.workers // len(used))
-    # Data tasks need a CPU beside the workers, or the two would wait for each other.
-    spare = max(smallest - task_cpus(smallest), smallest / 2)
     if use_gpu:
-        return Placement(True, 1, min(1.0, spare / per_node), per_node)
-    return Placement(False, max(1, int(smallest) // per_node), spare / per_node, per_node)
+        return _on_gpus(cluster.workers, [node for node in nodes if node.get("GPU", 0.0) >= 1])
+    return _on_cpus(cluster.workers, [node.get("CPU", 0.0) for node in nodes])
+
+
+def _on_gpus(workers: int, nodes: Sequence[Mapping[str, float]]) -> Placement:
+    # Half of a node's CPUs stay free for data tasks, also where every GPU has a run of its own.
+    per_gpu = min(node.get("CPU", 1.0) / node["GPU"] for node in nodes)
+    return Placement(True, 1, min(1.0, per_gpu / 2), -(-workers // len(nodes)))
+
+
+def _on_cpus(workers: int, cpus: Sequence[float]) -> Placement:
+    """On as many of the largest nodes as gives each worker the most threads."""
+    sizes = sorted((size for size in cpus if size), reverse=True)[:workers] or [1.0]
+    threads, used = max((max(1, int(sizes[n - 1]) // -(-workers // n)), n) for n in range(1, len(sizes) + 1))
+    per_node = -(-workers // used)
+    size = sizes[used - 1]
+    # Most of the node, so that another run's workers cannot take what the data tasks of this one need.
+    return Placement(False, threads, (size - max(task_cpus(size), size / 8)) / per_node, per_node)

@@ -98,10 +98,10 @@ class Steps:
             began, number = number, max(number, start)
             with _Epoch(plan, self._open, self._ledger) as epoch:
                 for order in epoch.steps(number - began):
-                    if number == limit:
-                        return
                     yield epoch.examples(order, rank, workers)
                     number += 1
+                    if number == limit:
+                        return
             if number == began:
                 raise DataError("an epoch has no training example; give more data, or a smaller data.split")
 

@@ -48,7 +48,7 @@ def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Wor
     job = assignment.job
     device = _device(assignment.placement.use_gpu)
     tokenizer = load_tokenizer(job.model)
-    position = _position(assignment, checkpoint, model_folder(job.model.path), device)
+    position = _position(assignment, checkpoint, model_folder(job.model.path), device, peers)
     _compute_alike(position.threads, device)
     model = load_base(job.model, device=device, dequantised=position.choice.resident == "dequantised")
     check_isolation(model, packed=job.data.packing)
@@ -67,7 +67,7 @@ def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Wor
 
 
 def _position(
-    assignment: Assignment, checkpoint: Path | None, folder: Path, device: torch.device
+    assignment: Assignment, checkpoint: Path | None, folder: Path, device: torch.device, peers: Peers
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
     kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
@@ -75,7 +75,8 @@ def _position(
         return kept
     placement = assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
-    choice = choose(assignment.job, read_facts(folder), _memory_bytes(device) // shared)
+    memory_bytes = int(peers.smallest(_memory_bytes(device) // shared))
+    choice = choose(assignment.job, read_facts(folder), memory_bytes)
     workers = assignment.job.cluster.workers
     if kept:
         return replace(kept, choice=choice, threads=placement.threads, workers=workers)

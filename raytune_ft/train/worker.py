@@ -50,9 +50,7 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     events = EventWriter(assignment.channel)
     ledger = _ledger(job, data)
     first = peers.rank == 0
-    surveyed = sorted(data.contents.items()) if first else []
-    tables = [SCHEMA.empty_table(), *(decode(ray.get(content)).table for _, content in surveyed)]
-    validation, test = (Examples(tables, split) for split in ("validation", "test"))
+    validation, test = _held_out(data if first else None)
     if first:
         events.write({"phase": "load"})
 
@@ -80,7 +78,8 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     if not first:
         return None
     events.write({"phase": "publish"})
-    whole = len(ledger.train_counts) == len(data.windows)
+    # Empty windows are never read.
+    whole = all(number in ledger.train_counts for number, w in enumerate(data.windows) if w.size_bytes)
     counts = (
         replace(data.counts, sources=tuple(ledger.sources), estimated=False) if whole else data.counts
     ).to_json()
@@ -96,6 +95,13 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     result = _result(job, record, position, bench.engine.peak_memory_bytes(), time.perf_counter() - began)
     samples = _samples(job, test, bench.tokenizer, position.before, after)
     return Outcome(result, position.history, samples, library_versions(), machine(), counts, list(ledger.bad))
+
+
+def _held_out(data: TrainingData | None) -> tuple[Examples, Examples]:
+    """Validation and test examples of the windows that were surveyed."""
+    contents = [content for _, content in sorted(data.contents.items())] if data else []
+    tables = [SCHEMA.empty_table(), *(decode(ray.get(content)).table for content in contents)]
+    return Examples(tables, "validation"), Examples(tables, "test")
 
 
 def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
@@ -141,7 +147,10 @@ def _train(
                 for step in coming
             ),
             start=position.step,
-            learning_rate=lambda step: learning_rate(step, total, job.schedule, job.optimizer.learning_rate),
+            # Where the total was estimated the data may last longer: then the last rate stays.
+            learning_rate=lambda step: learning_rate(
+                min(step, total - 1), total, job.schedule, job.optimizer.learning_rate
+            ),
             report=recorder,
             peers=peers,
         )

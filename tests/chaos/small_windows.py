@@ -11,6 +11,7 @@ WINDOW_BYTES = 4096
 
 if __name__ == "__main__":
     raytune_ft.data.prepare.SURVEY_BYTES = 0
+    raytune_ft.data.prepare.SAMPLE_BYTES = 4 * WINDOW_BYTES
     raytune_ft.data.index.WINDOW_BYTES = WINDOW_BYTES
     raytune_ft.data.stream.WINDOW_BYTES = WINDOW_BYTES
     sys.exit(main())

@@ -14,6 +14,7 @@ from raytune_ft.data.counts import Survey, check_counts
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode, tokenise_window
 from raytune_ft.data.index import divide
+from raytune_ft.data.order import window_order
 from raytune_ft.data.prepare import PreparedData, prepare, surveyed
 from raytune_ft.data.sources import fingerprint, list_objects
 from raytune_ft.data.windows import Window
@@ -92,6 +93,7 @@ def test_survey_of_small_data_is_all_of_it(tmp_path: Path, monkeypatch: pytest.M
 def test_survey_of_large_data_is_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytune_ft.data.index.WINDOW_BYTES", 2000)
     monkeypatch.setattr(prepare_module, "SURVEY_BYTES", 10_000)
+    monkeypatch.setattr(prepare_module, "SAMPLE_BYTES", 16_000)
     large = write(tmp_path, "large.jsonl", pairs(4000, "large"))
     small = write(tmp_path, "small.jsonl", pairs(100, "small"))
     prepared = prepare(job(tmp_path, {"uri": large}, {"uri": small}), tokenizer=TOKENIZER)
@@ -99,7 +101,7 @@ def test_survey_of_large_data_is_a_sample(tmp_path: Path, monkeypatch: pytest.Mo
     assert prepared.counts.estimated
     assert prepared.contents.keys() == prepared.reports.keys()
     by_source = [sum(prepared.windows[n].source == at for n in prepared.reports) for at in (0, 1)]
-    assert by_source == [4, min(4, sum(window.source for window in prepared.windows))]
+    assert by_source == [4, sum(window.source for window in prepared.windows)]
     counts = prepared.counts.sources
     assert [found.records for found in counts] == [pytest.approx(4000, rel=0.1), pytest.approx(100, rel=0.1)]
     assert prepared.examples == tuple(found.train for found in counts)
@@ -109,19 +111,27 @@ def test_survey_of_large_data_is_a_sample(tmp_path: Path, monkeypatch: pytest.Mo
     assert decode(prepared.reader.read(prepared.windows[unread])).table.num_rows > 10
 
 
-def test_sample_is_even_over_each_source() -> None:
+def test_a_sample_has_some_of_each_source() -> None:
     def windows(source: int, count: int, size_bytes: int) -> list[Window]:
         return [
             Window(source, source, part, "bytes", part, part + 1, size_bytes, "jsonl")
             for part in range(count)
         ]
 
-    whole = [*windows(0, 100, 1 << 20), *windows(1, 1, 5), *windows(2, 7, 1 << 20)]
-    assert surveyed(whole) == [25, 75, 100, 102, 106]
+    whole = [*windows(0, 100, 512 << 10), *windows(1, 1, 5), *windows(2, 70, 512 << 10)]
+    chosen = [whole[number].source for number in surveyed(whole, seed=3)]
+    assert [chosen.count(source) for source in range(3)] == [3, 1, 3]
+    assert surveyed(whole, seed=3) != surveyed(whole, seed=4)
+    # They are those that training begins with.
+    assert set(window_order(100, 3, 0, 0)[:3]) == {
+        number for number in surveyed(whole, seed=3) if number < 100
+    }
     empty_first = [*windows(0, 50, 0), *windows(0, 1, 100 << 20)]
-    assert surveyed(empty_first) == [50]
+    assert surveyed(empty_first, seed=0) == [50]
     many = [window for source in range(40) for window in windows(source, 3, 1 << 20)]
-    assert [many[number].source for number in surveyed(many)] == list(range(40))
+    assert [many[number].source for number in surveyed(many, seed=0)] == list(range(40))
+    small_files = [*windows(0, 10_000, 200), *windows(1, 100, 1 << 20)]
+    assert sum(small_files[number].source == 0 for number in surveyed(small_files, seed=0)) == 256
 
 
 def test_many_objects_share_tasks(tmp_path: Path) -> None:

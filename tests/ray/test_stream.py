@@ -158,4 +158,4 @@ def test_rows_of_all_windows_are_those_of_the_file(windows: tuple[WindowReader, 
 
 
 def test_cpus_of_a_task() -> None:
-    assert [task_cpus(cpus) for cpus in (1.0, 1.9, 2.0, 64.0)] == [0.5, 0.5, 1.0, 1.0]
+    assert [task_cpus(cpus) for cpus in (1.0, 1.9, 2.0, 64.0)] == [0.25, 0.25, 0.5, 0.5]

@@ -20,11 +20,16 @@ from raytune_ft.train.launch import train
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster", "small_windows")]
 
 
+def stream_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
+    patch.setattr(raytune_ft.data.prepare, "SAMPLE_BYTES", 6000)
+    patch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
+    patch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
+
+
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
-    monkeypatch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
-    monkeypatch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
+    stream_all(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +76,7 @@ def undisturbed(
     assert cluster
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
-        patch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
-        patch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
+        stream_all(patch)
         job = streamed(base, two_sources, folder / "catalog")
         train(job, folder / "out")
     return job, adapter(job, folder / "pulled")
@@ -143,7 +146,6 @@ def test_malformed_records_beyond_the_sample(base: Path, two_sources: Path, tmp_
     folder.mkdir()
     (folder / "small.jsonl").write_bytes((two_sources / "small.jsonl").read_bytes())
     lines = (two_sources / "large.jsonl").read_text().splitlines()
-    # The last window is in no sample: samples lie in the middle.
     (folder / "large.jsonl").write_text("\n".join([*lines, *["{broken"] * 12]) + "\n")
     job = streamed(base, folder, tmp_path / "catalog")
     with pytest.raises(DataError, match=r"records are malformed, of about .* not JSON"):

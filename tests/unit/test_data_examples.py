@@ -28,6 +28,7 @@ TOKENIZER = tiny.tokenizer()
 ENCODER = Encoder.of(TOKENIZER)
 ANSWER = {"role": "assistant", "content": "z"}
 GOOD = [{"instruction": f"say {n}", "output": [str(n), f"{n}."]} for n in range(40)]
+MANY = GOOD * 3
 
 
 def survey(data: DataSpec) -> tuple[list[dict[str, Any]], Survey]:
@@ -307,7 +308,8 @@ def tokenised(rows: list[dict[str, Any]], report: WindowReport) -> TokenisedWind
 
 @given(st.lists(examples, max_size=5), reports)
 def test_file_gives_back_what_was_written(rows: list[dict[str, Any]], report: WindowReport) -> None:
-    window = tokenised(rows, report)
+    counts = replace(report.counts, train=sum(row["split"] == "train" for row in rows))
+    window = tokenised(rows, replace(report, counts=counts))
     content = encode(window)
     assert decode(content) == decode(pa.py_buffer(content)) == window
     assert encode(decode(content)) == content
@@ -353,6 +355,21 @@ def test_other_files_are_refused(content: bytes) -> None:
         decode(content)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"input_ids": None}, {"input_ids": [5, -1]}, {"split": "test"}, {"references": None}],
+    ids=["no tokens", "a negative token", "another count", "no references"],
+)
+def test_what_somebody_else_put_into_a_cache(changes: dict[str, Any]) -> None:
+    row = {**ROW, "learned": [True] * 300, **changes}
+    if changes.get("input_ids"):
+        row["learned"] = [True] * 2
+    table = pa.Table.from_pylist([row], schema=SCHEMA)
+    content = encode(TokenisedWindow(table, WindowReport(Counts(records=1, train=1))))
+    with pytest.raises(ValueError, match="its examples are not those that its report counts"):
+        decode(content)
+
+
 def sampled(data: DataSpec, windows: int) -> Survey:
     """A survey of the first of many windows that are alike."""
     _, found = survey(data)
@@ -369,16 +386,21 @@ def test_a_sample_is_scaled_up_by_bytes(tmp_path: Path) -> None:
     assert (counts.to_json()["estimated"], whole.to_json()["estimated"]) == (True, False)
 
 
+@pytest.mark.parametrize("records", [[], [5], [*GOOD, 5]], ids=["none", "one bad", "few"])
+def test_a_small_sample_refuses_nothing(tmp_path: Path, records: list[Any]) -> None:
+    data = spec(write(tmp_path, "a.jsonl", records))
+    assert check_counts(sampled(data, 10), data, None).estimated
+
+
 @pytest.mark.parametrize(
     ("records", "values", "message"),
     [
-        ([], {}, r"no records in a sample of 1 of 10 windows; give a source with records$"),
-        ([*GOOD, 5], {}, r"1 of 41 records in a sample of 1 of 10 windows are malformed \(2\.44%\)"),
-        (GOOD, {"max_tokens": 8}, r"40 of 40 records in a sample of 1 of 10 windows are longer than"),
+        ([*MANY, 5, 5], {}, r"2 of 122 records in a sample of 1 of 10 windows are malformed \(1\.64%\)"),
+        (MANY, {"max_tokens": 8}, r"120 of 120 records in a sample of 1 of 10 windows are longer than"),
         (
-            GOOD,
+            MANY,
             {"split": {"validation": 0, "test": 0.99999}},
-            r"of 40 records in a sample of 1 of 10 windows 0 are",
+            r"of 120 records in a sample of 1 of 10 windows 0 are",
         ),
     ],
 )
