@@ -40,6 +40,10 @@ class AliasEntry(Entry):
     created_at: str
     token: str
     """Tells a lost answer to this very write from somebody else's move."""
+    moved_by: str = ""
+    """User and machine, as far as they are known."""
+    restores: PositiveInt | None = None
+    """Number of the earlier move whose state a rollback restores; None for all other moves."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class CatalogView:
         temporary = to.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
             for entry in record.files:
-                self._fetch(record, entry, temporary / entry.name)
+                self.fetch(record, entry, temporary / entry.name)
             with disk_errors(str(to)):
                 temporary.rename(to)
         finally:
@@ -138,9 +142,27 @@ class CatalogView:
         number = self._newest(prefix)
         if not number:
             return 0, None
-        key = numbered(prefix, number)
+        return number, self.read_alias_entry(adapter, alias, number)
+
+    def alias_moves(self, adapter: str, alias: str) -> Sequence[int]:
+        """Numbers of all moves of an alias, descending; none where there is no such alias.
+
+        Raises:
+            CatalogError: not the name of an adapter or alias.
+        """
+        if not NAME.fullmatch(adapter) or not NAME.fullmatch(alias):
+            raise CatalogError(f"{f'{adapter}@{alias}'!r:.200}: not an adapter's alias; write NAME ALIAS")
+        return list(self._numbers(alias_prefix(adapter, alias)))
+
+    def read_alias_entry(self, adapter: str, alias: str, number: int) -> AliasEntry:
+        """One move of an alias.
+
+        Raises:
+            CatalogError: it is not there, or damaged.
+        """
+        key = numbered(alias_prefix(adapter, alias), number)
         try:
-            return number, AliasEntry.model_validate_json(self._read_small(key) or b"")
+            return AliasEntry.model_validate_json(self._read_small(key) or b"")
         except ValidationError:
             place = join_uri(self.uri, key)
             raise CatalogError(f"{place}: not an alias's entry; the object was altered or damaged") from None
@@ -175,7 +197,13 @@ class CatalogView:
             raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
         return content
 
-    def _fetch(self, record: AdapterRecord, entry: FileEntry, path: Path) -> None:
+    def fetch(self, record: AdapterRecord, entry: FileEntry, path: Path) -> None:
+        """Fetch one file of a version to a path where none is.
+
+        Raises:
+            CatalogError: the content is gone, or is not what was published.
+            StorageError: the store or the disk failed.
+        """
         key = blob_key(entry.sha256)
         place = f"{record.reference}: {entry.name} ({join_uri(self.uri, key)})"
         digest, size_bytes = hashlib.sha256(), 0

@@ -1,7 +1,6 @@
 """Writing to a catalog, with put-if-absent as the only means against others who write at the same time."""
 
 import hashlib
-import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, ValidationError
 
-from raytune_ft.catalog.layout import alias_prefix, blob_key, numbered, publish_key, versions_prefix
+from raytune_ft.catalog.aliases import move_alias
+from raytune_ft.catalog.layout import blob_key, numbered, publish_key, versions_prefix
 from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.record import (
     PUBLISH_ID,
@@ -21,7 +21,6 @@ from raytune_ft.catalog.record import (
     publish_id_of,
 )
 from raytune_ft.errors import CatalogError, StorageError
-from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
 
 READ_BACK_BYTES = 64 << 20
@@ -94,7 +93,15 @@ class Catalog(CatalogView):
             self._write_blob(entry, files[entry.name])
         return self._claim(draft, entries, publish_id, newest + 1)
 
-    def set_alias(self, adapter: str, alias: str, version: int, *, forward_only: bool = False) -> None:
+    def set_alias(
+        self,
+        adapter: str,
+        alias: str,
+        version: int,
+        *,
+        forward_only: bool = False,
+        expect: int | None = None,
+    ) -> AliasEntry:
         """Let an alias mean a version. Fine where it does already.
 
         Args:
@@ -103,27 +110,18 @@ class Catalog(CatalogView):
             version: what it shall mean.
             forward_only: leave the alias where it means a newer version already, as it does when somebody
                 else has published since.
+            expect: the version that the alias must mean now, 0 for none; of several who expect the same at
+                once one moves it. None: whatever it means.
+
+        Returns:
+            The alias's last move: this one, or the one that made it superfluous.
 
         Raises:
-            CatalogError: no alias may be called so, or there is no such version.
+            CatalogError: no alias may be called so, there is no such version, or the alias does not mean what
+                is expected.
             StorageError: the store failed.
         """
-        check_alias(alias)
-        self.resolve(f"{adapter}@v{version}")
-        while True:
-            number, current = self.newest_alias_entry(adapter, alias)
-            if current and (current.version == version or (forward_only and current.version > version)):
-                return
-            entry = AliasEntry(
-                version=version,
-                previous=current.version if current else None,
-                created_at=_now(),
-                token=uuid.uuid4().hex,
-            )
-            key = numbered(alias_prefix(adapter, alias), number + 1)
-            content = entry.model_dump_json().encode()
-            if self.storage.write_once(key, content) or self.storage.read(key) == content:
-                return
+        return move_alias(self, adapter, alias, version, forward_only=forward_only, expect=expect)
 
     def _begin(self, adapter: str, publish_id: str) -> int:
         """Note that this publish has begun; the version that was the newest when it first did."""
@@ -193,19 +191,6 @@ class Catalog(CatalogView):
             if publish_id_of(taken) == publish_id:
                 return self._parse(taken, draft.adapter, version)
             version += 1
-
-
-def check_alias(alias: str) -> None:
-    """Refuse an alias that could not be told from a version.
-
-    Raises:
-        CatalogError: the name is not plain, or has the form of a version.
-    """
-    if not NAME.fullmatch(alias) or VERSION.fullmatch(alias):
-        raise CatalogError(
-            f"alias {alias!r:.100}: must be 1 to 63 of a-z, 0-9 and '-', begin and end with a letter or "
-            "digit, and not be a version such as v3"
-        )
 
 
 def _describe(adapter: str, name: str, path: Path) -> FileEntry:

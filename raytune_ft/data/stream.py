@@ -83,7 +83,7 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
         batch_size=None,
         num_cpus=cluster_task_cpus(),
         # Tasks ask for less than they use, to find room beside training; there are no more of them than CPUs.
-        concurrency=max(1, int(ray.cluster_resources().get("CPU", 1.0))),
+        concurrency=max(1, min(len(groups), int(ray.cluster_resources().get("CPU", 1.0)))),
     )
     options = dataset.context.execution_options
     options.preserve_order = True
