@@ -77,8 +77,9 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
     # It would say, among other things, that it shows no progress bars.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     groups = _groups(windows)
-    # One block for each group: a range would have tasks of its own to make the numbers.
-    dataset = ray.data.from_arrow([pa.table({"id": [group]}) for group in range(len(groups))]).map_batches(
+    # Other sources have tasks of their own that want a whole CPU, which training may not leave.
+    numbered = [{"id": group} for group in range(len(groups))]
+    dataset = ray.data.from_items(numbered, override_num_blocks=len(groups)).map_batches(
         partial(_read_windows, windows=tuple(windows), groups=groups, reader=reader),
         batch_size=None,
         num_cpus=cluster_task_cpus(),
