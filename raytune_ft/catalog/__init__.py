@@ -1,9 +1,14 @@
 """The catalog of adapters and models: a folder or a bucket's prefix, safe for many writers at once."""
 
 from raytune_ft.catalog.aliases import alias_history, check_alias, roll_back
+from raytune_ft.catalog.compare import Change, compare_records
+from raytune_ft.catalog.lineage import Lineage, lineage_of
+from raytune_ft.catalog.listing import Filter, Listing, list_catalog
 from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.publish import Catalog
 from raytune_ft.catalog.record import AdapterRecord, BaseModelRef, FileEntry, RecordDraft, model_card
+from raytune_ft.catalog.serve_dir import ServeDirResult, update_serve_dir
+from raytune_ft.catalog.verify import Verification, verify
 
 __all__ = [
     "AdapterRecord",
@@ -11,10 +16,21 @@ __all__ = [
     "BaseModelRef",
     "Catalog",
     "CatalogView",
+    "Change",
     "FileEntry",
+    "Filter",
+    "Lineage",
+    "Listing",
     "RecordDraft",
+    "ServeDirResult",
+    "Verification",
     "alias_history",
     "check_alias",
+    "compare_records",
+    "lineage_of",
+    "list_catalog",
     "model_card",
     "roll_back",
+    "update_serve_dir",
+    "verify",
 ]

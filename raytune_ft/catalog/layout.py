@@ -15,18 +15,20 @@ from collections.abc import Iterable, Iterator
 from raytune_ft.storage import ObjectInfo
 
 ADAPTERS = "adapters/"
+BLOBS = "blobs/"
+PUBLISHES = "publishes/"
 _LAST = 9_999_999_999
 _NUMBERED = re.compile(r"(?P<folder>.*/)(?P<number>[0-9]{10})\.json", re.DOTALL)
 
 
 def blob_key(sha256: str) -> str:
     """Key of a file's content."""
-    return f"blobs/{sha256}"
+    return f"{BLOBS}{sha256}"
 
 
 def publish_key(publish_id: str) -> str:
     """Key of the note that a publish has begun."""
-    return f"publishes/{publish_id}.json"
+    return f"{PUBLISHES}{publish_id}.json"
 
 
 def versions_prefix(adapter: str) -> str:

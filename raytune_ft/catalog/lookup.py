@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 
 from raytune_ft.catalog.layout import (
     ADAPTERS,
@@ -22,13 +22,20 @@ from raytune_ft.catalog.layout import (
     numbers,
     versions_prefix,
 )
-from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, parse_record
+from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, UtcTime, parse_record
 from raytune_ft.errors import CatalogError, StorageMissing
 from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import Storage, disk_errors, join_uri
 
+MOVED_BY_CHARACTERS = 200
 _NAMED_AT_MOST = 10
 _READERS = 8
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable")
+    return text
 
 
 class AliasEntry(Entry):
@@ -37,11 +44,11 @@ class AliasEntry(Entry):
     schema_version: Literal[1] = 1
     version: PositiveInt
     previous: PositiveInt | None
-    created_at: str
+    created_at: UtcTime
     token: str
     """Tells a lost answer to this very write from somebody else's move."""
-    moved_by: str = ""
-    """User and machine, as far as they are known."""
+    moved_by: Annotated[str, AfterValidator(_check_printable), Field(max_length=MOVED_BY_CHARACTERS)] = ""
+    """User and machine, as far as they are known; one line that no terminal obeys."""
     restores: PositiveInt | None = None
     """Number of the earlier move whose state a rollback restores; None for all other moves."""
 
@@ -75,9 +82,19 @@ class CatalogView:
         else:
             _, entry = self.newest_alias_entry(adapter, selector)
             version = entry.version if entry else 0
-        content = self.read_record(adapter, version) if version else None
-        if content is None:
+        if not version:
             raise CatalogError(self._not_found(adapter, selector))
+        return self.read(adapter, version)
+
+    def read(self, adapter: str, version: int) -> AdapterRecord:
+        """The record of a version by its number.
+
+        Raises:
+            CatalogError: it is not there, or damaged.
+        """
+        content = self.read_record(adapter, version)
+        if content is None:
+            raise CatalogError(self._not_found(adapter, f"v{version}"))
         return self._parse(content, adapter, version)
 
     def list(self) -> list[AdapterRecord]:
@@ -145,13 +162,7 @@ class CatalogView:
         return number, self.read_alias_entry(adapter, alias, number)
 
     def alias_moves(self, adapter: str, alias: str) -> Sequence[int]:
-        """Numbers of all moves of an alias, descending; none where there is no such alias.
-
-        Raises:
-            CatalogError: not the name of an adapter or alias.
-        """
-        if not NAME.fullmatch(adapter) or not NAME.fullmatch(alias):
-            raise CatalogError(f"{f'{adapter}@{alias}'!r:.200}: not an adapter's alias; write NAME ALIAS")
+        """Numbers of all moves of an alias, descending; none where there is no such alias."""
         return list(self._numbers(alias_prefix(adapter, alias)))
 
     def read_alias_entry(self, adapter: str, alias: str, number: int) -> AliasEntry:
@@ -170,32 +181,6 @@ class CatalogView:
     def read_record(self, adapter: str, version: int) -> bytes | None:
         """A version's record as it is kept, or None where there is no such version."""
         return self._read_small(numbered(versions_prefix(adapter), version))
-
-    def _parse(self, content: bytes, adapter: str, version: int) -> AdapterRecord:
-        place = join_uri(self.uri, numbered(versions_prefix(adapter), version))
-        return parse_record(content, adapter, version, place)
-
-    def _newest(self, prefix: str) -> int:
-        # One key is enough, unless something foreign lies before it.
-        for limit in (1, None):
-            for number in self._numbers(prefix, limit):
-                return number
-        return 0
-
-    def _numbers(self, prefix: str, limit: int | None = None) -> Iterator[int]:
-        return (number for folder, number in numbers(self.storage.list(prefix, limit)) if folder == prefix)
-
-    def _read_small(self, key: str) -> bytes | None:
-        """An object of the catalog's own, not trusted to be of any size."""
-        try:
-            with self.storage.open(key) as stream:
-                content = stream.read(MAX_RECORD_BYTES + 1)
-        except StorageMissing:
-            return None
-        if len(content) > MAX_RECORD_BYTES:
-            place = join_uri(self.uri, key)
-            raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
-        return content
 
     def fetch(self, record: AdapterRecord, entry: FileEntry, path: Path) -> None:
         """Fetch one file of a version to a path where none is.
@@ -224,6 +209,32 @@ class CatalogView:
                 f"{size_bytes:,} bytes; the record says {entry.sha256[:12]}…, {entry.size_bytes:,}); "
                 "it was altered or damaged; publish the adapter again"
             )
+
+    def _parse(self, content: bytes, adapter: str, version: int) -> AdapterRecord:
+        place = join_uri(self.uri, numbered(versions_prefix(adapter), version))
+        return parse_record(content, adapter, version, place)
+
+    def _newest(self, prefix: str) -> int:
+        # One key is enough, unless something foreign lies before it.
+        for limit in (1, None):
+            for number in self._numbers(prefix, limit):
+                return number
+        return 0
+
+    def _numbers(self, prefix: str, limit: int | None = None) -> Iterator[int]:
+        return (number for folder, number in numbers(self.storage.list(prefix, limit)) if folder == prefix)
+
+    def _read_small(self, key: str) -> bytes | None:
+        """An object of the catalog's own, not trusted to be of any size."""
+        try:
+            with self.storage.open(key) as stream:
+                content = stream.read(MAX_RECORD_BYTES + 1)
+        except StorageMissing:
+            return None
+        if len(content) > MAX_RECORD_BYTES:
+            place = join_uri(self.uri, key)
+            raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
+        return content
 
     def _not_found(self, adapter: str, selector: str) -> str:
         versions = self.versions(adapter)

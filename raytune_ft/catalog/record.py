@@ -57,6 +57,7 @@ def _check_file_name(name: str) -> str:
 
 
 Sha256 = Annotated[str, _matching(_SHA256, "64 of 0-9 and a-f")]
+UtcTime = Annotated[str, _matching(_TIME, "an ISO time in UTC")]
 
 
 class Entry(BaseModel):
@@ -118,7 +119,7 @@ class AdapterRecord(RecordDraft):
     schema_version: Literal[1] = 1
     version: PositiveInt
     publish_id: Annotated[str, _matching(PUBLISH_ID, "1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'")]
-    created_at: Annotated[str, _matching(_TIME, "an ISO time in UTC")]
+    created_at: UtcTime
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ import pytest
 from faultproxy import Fault, FaultProxy, Request
 from stores import adapter_files, check_race, draft, publish_through_crashes
 
-from raytune_ft.catalog import Catalog
+from raytune_ft.catalog import Catalog, verify
+from raytune_ft.errors import CatalogError
 
 pytestmark = pytest.mark.s3
 
@@ -51,6 +52,35 @@ def test_publishers_behind_a_bad_network(fault_proxy: FaultProxy, bucket: str, t
     assert set(fault_proxy.faults) == set(Fault)
     fault_proxy.plan = lambda _: None
     check_race(Catalog.at(f"s3://{bucket}"), "capital", published)
+
+
+def test_one_promotion_wins_behind_a_bad_network(
+    fault_proxy: FaultProxy, bucket: str, tmp_path: Path
+) -> None:
+    uri = f"s3://{bucket}"
+    catalog = Catalog.at(uri)
+    for number in range(1, 8):
+        catalog.publish(draft(), adapter_files(tmp_path / "files"), publish_id=f"run-{number}")
+    catalog.set_alias("capital", "production", 1)
+    chance = random.Random(0)
+    fault_proxy.plan = lambda _: chance.choice(list(Fault)) if chance.random() < 0.2 else None
+
+    def promote(version: int) -> bool:
+        try:
+            Catalog.at(uri).set_alias("capital", "production", version, expect=1)
+        except CatalogError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as threads:
+        won = list(threads.map(promote, range(2, 8)))
+    fault_proxy.plan = lambda _: None
+    assert won.count(True) == 1
+    assert catalog.aliases("capital") == {"production": 2 + won.index(True)}
+    assert list(catalog.alias_moves("capital", "production")) == [2, 1]
+    # The content is no safetensors file; all else is sound after lost and repeated requests.
+    (problem,) = verify(catalog).problems
+    assert "adapter_model.safetensors" in problem
 
 
 def test_every_answer_to_a_write_is_lost_once(fault_proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Checking a catalog from end to end: records, aliases and content. Nothing that is read is trusted."""
+
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from raytune_ft.catalog.layout import ADAPTERS, BLOBS, PUBLISHES, blob_key, numbers, publish_key
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView
+from raytune_ft.catalog.record import AdapterRecord, FileEntry
+from raytune_ft.catalog.weights import LENGTH_BYTES, header_problem, length_problem
+from raytune_ft.errors import CatalogError, StorageMissing
+from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.storage import Storage, join_uri
+
+_READERS = 8
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at, and what is wrong."""
+
+    versions: int
+    """Records that were read and are sound."""
+    files: int
+    """Contents that they name, each once however many versions share it."""
+    size_bytes: int
+    """Of those contents, as the records say."""
+    problems: tuple[str, ...]
+    """One message each; none where all is well."""
+    notes: tuple[str, ...]
+    """What is no part of the catalog and does no harm, such as what a crashed publish left."""
+
+
+@dataclass
+class _Listed:
+    """What a listing shows of one adapter: numbers of its versions, and of the moves of each alias."""
+
+    versions: set[int] = field(default_factory=set)
+    moves: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One file of one version."""
+
+    reference: str
+    entry: FileEntry
+
+
+def verify(catalog: CatalogView, reference: str | None = None, *, quick: bool = False) -> Verification:
+    """Check all of a catalog, one adapter with its aliases, or one version.
+
+    Args:
+        catalog: which.
+        reference: `name`, `name@v3` or `name@alias`; None: everything, and what no record names is noted.
+        quick: look at the sizes of contents and the headers of weights, not at every byte.
+
+    Raises:
+        CatalogError: the reference means nothing here.
+        StorageError: the store failed, which says nothing about what it holds.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    if reference and "@" in reference:
+        records = [catalog.resolve(reference)]
+    else:
+        if reference and not (NAME.fullmatch(reference) and catalog.newest_version(reference)):
+            catalog.resolve(reference)
+        records = _check_records(catalog, _listed(catalog, reference, notes), problems)
+    uses: dict[str, list[_Use]] = defaultdict(list)
+    for record in records:
+        for entry in record.files:
+            uses[entry.sha256].append(_Use(record.reference, entry))
+    damaged = bool(problems)
+    with ThreadPoolExecutor(_READERS) as readers:
+        check = _ContentCheck(catalog.storage, quick)
+        for found in readers.map(check, uses.values()):
+            problems += found
+    if reference is None:
+        if damaged:
+            notes.append("what no record names is not listed while records or aliases have problems")
+        else:
+            notes += _orphans(catalog.storage, records, uses)
+    size_bytes = sum(of[0].entry.size_bytes for of in uses.values())
+    return Verification(len(records), len(uses), size_bytes, tuple(problems), tuple(notes))
+
+
+def _listed(catalog: CatalogView, adapter: str | None, notes: list[str]) -> dict[str, _Listed]:
+    """What stands under each adapter's name, from one listing."""
+    adapters: dict[str, _Listed] = defaultdict(_Listed)
+    for found in catalog.storage.list(f"{ADAPTERS}{adapter}/" if adapter else ADAPTERS):
+        numbered = next(numbers([found]), None)
+        match numbered[0].split("/") if numbered else []:
+            case [_, name, "versions", ""] if numbered and NAME.fullmatch(name):
+                adapters[name].versions.add(numbered[1])
+            case [_, name, "aliases", alias, ""] if numbered and _are_names(name, alias):
+                adapters[name].moves[alias].add(numbered[1])
+            case _:
+                notes.append(f"{join_uri(catalog.uri, found.key)}: not the catalog's")
+    return adapters
+
+
+def _are_names(adapter: str, alias: str) -> bool:
+    return all(map(NAME.fullmatch, (adapter, alias))) and not VERSION.fullmatch(alias)
+
+
+def _check_records(
+    catalog: CatalogView, adapters: Mapping[str, _Listed], problems: list[str]
+) -> list[AdapterRecord]:
+    """The records that are sound; what is wrong with the others, and with the aliases, is added."""
+    versions = [(name, number) for name, of in adapters.items() for number in sorted(of.versions)]
+    moves = [
+        (name, alias, number)
+        for name, of in adapters.items()
+        for alias, numbers_of in of.moves.items()
+        for number in sorted(numbers_of)
+    ]
+    with ThreadPoolExecutor(_READERS) as readers:
+        records = list(readers.map(lambda at: _attempt(lambda: catalog.read(*at)), versions))
+        entries = list(readers.map(lambda at: _attempt(lambda: catalog.read_alias_entry(*at)), moves))
+    problems += [found for found in (*records, *entries) if isinstance(found, str)]
+    for name, of in adapters.items():
+        problems += _gap(f"{catalog.uri}: {name}: version v", of.versions)
+        for alias, numbers_of in of.moves.items():
+            problems += _gap(f"{catalog.uri}: {name}@{alias}: move ", numbers_of)
+    read = {at: entry for at, entry in zip(moves, entries, strict=True) if isinstance(entry, AliasEntry)}
+    for name, alias, number in read:
+        place = f"{catalog.uri}: {name}@{alias}: move {number} "
+        problem = _move_problem(read, (name, alias, number), adapters[name].versions)
+        problems += [place + problem] if problem else []
+    return [record for record in records if isinstance(record, AdapterRecord)]
+
+
+def _move_problem(
+    read: Mapping[tuple[str, str, int], AliasEntry], at: tuple[str, str, int], versions: set[int]
+) -> str | None:
+    """What is wrong with a move, given the others that could be read."""
+    entry, (name, alias, number) = read[at], at
+    if entry.version not in versions:
+        return f"goes to v{entry.version}, which is not there"
+    before = read.get((name, alias, number - 1))
+    came_from = before.version if before else None
+    if (before or number == 1) and entry.previous != came_from:
+        return f"says that it came from {_version(entry.previous)}, and it came from {_version(came_from)}"
+    if entry.restores is not None:
+        restored = read.get((name, alias, entry.restores))
+        if entry.restores >= number or (restored and restored.version != entry.version):
+            return f"restores move {entry.restores}, which did not go to v{entry.version}"
+    return None
+
+
+def _attempt(read: Callable[[], _Read]) -> _Read | str:
+    try:
+        return read()
+    except CatalogError as error:
+        return str(error)
+
+
+def _version(version: int | None) -> str:
+    return "nothing" if version is None else f"v{version}"
+
+
+def _gap(place: str, found: set[int]) -> Iterator[str]:
+    # Not a range up to the highest: a foreign object may bear any number.
+    missing = max(found, default=0) - len(found)
+    if missing:
+        first = next(at for at, number in enumerate(sorted(found), start=1) if at != number)
+        more = f", nor are {missing - 1:,} more" if missing > 1 else ""
+        yield f"{place}{first} is not there{more}, and later ones are; the objects were removed or moved"
+
+
+class _ContentCheck:
+    """Looks at one content and says what is wrong with it, for the first version that names it."""
+
+    def __init__(self, storage: Storage, quick: bool) -> None:
+        self._storage = storage
+        self._quick = quick
+        # A header may take 100 MB, and much more once it is parsed: one at a time.
+        self._one_header = threading.Lock()
+
+    def __call__(self, uses: Sequence[_Use]) -> list[str]:
+        sha256 = uses[0].entry.sha256
+        key = blob_key(sha256)
+        found = self._storage.info(key)
+        if found is None:
+            return [self._place(uses) + "is gone; publish the adapter again"]
+        wrong = [use for use in uses if use.entry.size_bytes != found.size_bytes]
+        if wrong:
+            said = wrong[0].entry.size_bytes
+            return [self._place(wrong) + f"has {found.size_bytes:,} bytes, and the record says {said:,}"]
+        try:
+            if not self._quick and self._sha256(key) != sha256:
+                return [
+                    self._place(uses) + "the content is not that of its sha256; it was altered or damaged"
+                ]
+            weights = [use for use in uses if use.entry.name.endswith(".safetensors")]
+            problem = self._header_problem(key, found.size_bytes) if weights else None
+        except StorageMissing:
+            return [self._place(uses) + "was removed while it was being read"]
+        return [self._place(weights) + problem] if problem else []
+
+    def _place(self, uses: Sequence[_Use]) -> str:
+        first = uses[0]
+        others = len({use.reference for use in uses}) - 1
+        more = f" and in {others} more" if others else ""
+        uri = join_uri(self._storage.uri, blob_key(first.entry.sha256))
+        return f"{first.reference}{more}: {first.entry.name} ({uri}): "
+
+    def _sha256(self, key: str) -> str:
+        digest = hashlib.sha256()
+        with self._storage.open(key) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _header_problem(self, key: str, size_bytes: int) -> str | None:
+        with self._one_header, self._storage.open(key) as stream:
+            length = stream.read(LENGTH_BYTES)
+            problem = length_problem(length, size_bytes)
+            if problem is not None:
+                return problem
+            header_bytes = int.from_bytes(length, "little")
+            header = stream.read(header_bytes)
+        return header_problem(header, size_bytes - LENGTH_BYTES - header_bytes)
+
+
+def _orphans(storage: Storage, records: Iterable[AdapterRecord], uses: Mapping[str, object]) -> Iterator[str]:
+    """What no record names: a crashed publish left it, or one is under way."""
+    named = {blob_key(sha256) for sha256 in uses}
+    for found in storage.list(BLOBS):
+        if found.key not in named:
+            yield f"{join_uri(storage.uri, found.key)}: {found.size_bytes:,} bytes that no record names"
+    published = {publish_key(record.publish_id) for record in records}
+    for found in storage.list(PUBLISHES):
+        if found.key not in published:
+            yield f"{join_uri(storage.uri, found.key)}: a publish that has made no version"
