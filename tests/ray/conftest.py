@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,14 +80,24 @@ def make_job(base: Path, data: Path, catalog: Path | str, /, **changes: Any) -> 
     return parse_job({**values, **changes})
 
 
-def kill_worker_after_step(step: int, killed: list[int]) -> Callable[[dict[str, Any]], None]:
-    """An `on_event` that kills the training process once, as soon as `step` is done."""
+def kill_once_kept(catalog: str, killed: list[int]) -> Callable[[dict[str, Any]], None]:
+    """An `on_event` that kills the training process once, as soon as Ray has committed a checkpoint.
+
+    A thread looks for it, since a short job would be over before its next event.
+    """
+
+    def kill() -> None:
+        while not any(Path(catalog).rglob("checkpoint_manager_snapshot.json")):
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in process.name():
+                killed.append(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill, daemon=True)
 
     def on_event(event: dict[str, Any]) -> None:
-        if event.get("step", -1) >= step and not killed:
-            for process in psutil.Process().children(recursive=True):
-                if process.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in process.name():
-                    killed.append(process.pid)
-                    os.kill(process.pid, signal.SIGKILL)
+        if event["phase"] == "start" and not watcher.ident:
+            watcher.start()
 
     return on_event

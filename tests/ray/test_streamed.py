@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import kill_worker_after_step, make_job  # type: ignore[import-not-found]  # this folder's
+from conftest import kill_once_kept, make_job  # type: ignore[import-not-found]  # this folder's
 from safetensors.torch import load_file
 
 import raytune_ft.data.index
@@ -98,7 +98,7 @@ def test_a_lost_worker_changes_no_bit(
 ) -> None:
     job = streamed(base, two_sources, tmp_path / "catalog")
     killed: list[int] = []
-    train(job, tmp_path / "out", on_event=kill_worker_after_step(6, killed))
+    train(job, tmp_path / "out", on_event=kill_once_kept(job.publish.catalog, killed))
     assert killed
     expected = undisturbed[1]
     found = adapter(job, tmp_path / "pulled")

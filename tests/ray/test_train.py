@@ -9,7 +9,7 @@ import pytest
 import ray
 import tiny
 import torch
-from conftest import kill_worker_after_step, make_job  # type: ignore[import-not-found]  # this folder's
+from conftest import kill_once_kept, make_job  # type: ignore[import-not-found]  # this folder's
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -122,7 +122,7 @@ class TestKilled:
         self, reference: Any, job: JobSpec, tmp_path: Path
     ) -> None:
         killed: list[int] = []
-        result = train(job, tmp_path / "out", on_event=kill_worker_after_step(5, killed))
+        result = train(job, tmp_path / "out", on_event=kill_once_kept(job.publish.catalog, killed))
         assert len(killed) == 1
         assert result["steps"] == 12
         assert result["version"] == 1
@@ -134,7 +134,7 @@ class TestKilled:
         fragile = changed(job, cluster={"max_restarts": 0})
         killed: list[int] = []
         with pytest.raises(TrainingError, match=r"lost more than cluster.max_restarts = 0 times.*goes on"):
-            train(fragile, tmp_path / "out", on_event=kill_worker_after_step(5, killed))
+            train(fragile, tmp_path / "out", on_event=kill_once_kept(job.publish.catalog, killed))
         assert Catalog.at(job.publish.catalog).list() == []
         started: list[int] = []
         result = train(
@@ -271,7 +271,7 @@ class TestRefused:
             job, data={**job.resolved()["data"], "sources": [{"uri": str(own)}]}, cluster={"max_restarts": 0}
         )
         with pytest.raises(TrainingError):
-            train(mine, tmp_path / "out", on_event=kill_worker_after_step(1, []))
+            train(mine, tmp_path / "out", on_event=kill_once_kept(mine.publish.catalog, []))
         own.write_text(own.read_text().replace("number 3", "number three"))
         with pytest.raises(DataError, match=r"^capitals: the data changed since this run began .*--restart$"):
             train(mine, tmp_path / "out")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import adapter_files, draft
 from typer.testing import CliRunner
@@ -153,6 +153,7 @@ class TestDiff:
             Change("job.data.sources[1].uri", None, "b", "new", None),
         ]
 
+    @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
     @given(SECTION, SECTION)
     def test_a_change_is_found_from_both_sides(self, one: dict[str, Any], other: dict[str, Any]) -> None:
         first, second = record(job=one), record(job=other)

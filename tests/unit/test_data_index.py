@@ -20,7 +20,7 @@ from raytune_ft.data.documents import document_ranges, part_context, read_docume
 from raytune_ft.data.formats import BadRecord, RawRecord, read_records, read_window
 from raytune_ft.data.index import divide
 from raytune_ft.data.sources import DataObject, list_objects
-from raytune_ft.data.windows import Window, byte_ranges, group
+from raytune_ft.data.windows import WINDOW_BYTES, Window, byte_ranges, group
 from raytune_ft.errors import DataError, StorageDenied, StorageError, StorageFull
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import FolderStorage, open_storage
@@ -546,6 +546,6 @@ def test_lines_are_divided_by_size_alone(tmp_path: Path) -> None:
     content = b'{"a": "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}\n' * 80_000
     found = stored(tmp_path / "x.jsonl", content)
     windows = divide(found, 0, "auto", None)
-    assert [window.start for window in windows] == [0, 1 << 20, 2 << 20]
+    assert [window.start for window in windows] == [n * WINDOW_BYTES for n in range(6)]
     assert windows[-1].stop == len(content)
     assert sum(1 for _ in read_all(found, windows)) == 80_000
