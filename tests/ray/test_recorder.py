@@ -27,7 +27,7 @@ from raytune_ft.train.peers import Peers
 from raytune_ft.train.progress import EventReader, EventWriter
 from raytune_ft.train.recorder import Recorder
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.ray]
 
 STEPS = 5
 EVERY = 2
