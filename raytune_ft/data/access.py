@@ -43,7 +43,7 @@ def open_object(found: DataObject, start: int = 0, stop: int | None = None) -> B
         StorageChanged: it is not the version that was listed; also while the stream is read.
         StorageMissing: it is gone.
     """
-    return _storage(found.root).open(found.key, start, stop, etag=found.etag)
+    return store_at(found.root).open(found.key, start, stop, etag=found.etag)
 
 
 def read_blocks(found: DataObject, start: int, stop: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[bytes]:
@@ -54,9 +54,12 @@ def read_blocks(found: DataObject, start: int, stop: int, block_bytes: int = _BL
 
 
 @lru_cache(maxsize=64)
-def _storage(root: str) -> Storage:
-    # A client of an S3 store takes a tenth of a second to make, longer than a window takes to read.
-    return open_storage(root)
+def store_at(uri: str) -> Storage:
+    """The store at a uri, opened once in a process.
+
+    A client of an S3 store takes a tenth of a second to make, longer than a window takes to read.
+    """
+    return open_storage(uri)
 
 
 class ObjectFile(io.RawIOBase):

@@ -45,6 +45,11 @@ class Reading:
     pool: int
     """Readings of a source with the same number are shuffled together."""
 
+    @property
+    def units(self) -> int:
+        """How much of the window it takes, in the units of the windows' sizes."""
+        return self.last - self.first
+
     def rows(self, examples: int) -> range:
         """Places in the shuffled window, of which `examples` are for training."""
         return range(self.first * examples // self.size, self.last * examples // self.size)
@@ -62,6 +67,27 @@ class StepOrder:
 
 
 @dataclass(frozen=True)
+class _Pool:
+    """Readings of a source that are shuffled together."""
+
+    readings: tuple[Reading, ...]
+    before: int
+    """What the epoch takes of the source before them, in the units of its windows' sizes."""
+    total: int
+    """What it takes of the source in all."""
+
+    @property
+    def units(self) -> int:
+        """What the pool takes of the source."""
+        return sum(reading.units for reading in self.readings)
+
+    @property
+    def start(self) -> float:
+        """The position of the pool's beginning, between 0 and 1."""
+        return self.before / self.total
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """One epoch: what is read, in the order in which it is needed."""
 
@@ -71,19 +97,22 @@ class EpochPlan:
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
         """All readings, so that the sources are used up at the same time; pools stay together."""
-        parts: list[tuple[Fraction, Reading]] = []
+        return tuple(reading for pool in self._pools for reading in pool.readings)
+
+    @cached_property
+    def _pools(self) -> Sequence[_Pool]:
+        """What is shuffled together, by how much of its source was used before."""
+        pools: list[_Pool] = []
         for source, shape in enumerate(self.course.sources):
             readings = self._readings_of(source, shape)
-            total = sum(reading.last - reading.first for reading in readings)
-            before, starts = 0, dict[int, Fraction]()
-            for reading in readings:
-                starts.setdefault(reading.pool, Fraction(before, total))
-                parts.append((starts[reading.pool], reading))
-                before += reading.last - reading.first
-        # Sorting is stable: a pool's readings keep their order.
-        return tuple(
-            reading for _, reading in sorted(parts, key=lambda part: (part[0], part[1].source, part[1].pool))
-        )
+            total = sum(reading.units for reading in readings)
+            before = 0
+            for _, group in groupby(readings, key=lambda reading: reading.pool):
+                pool = _Pool(tuple(group), before, total)
+                pools.append(pool)
+                before += pool.units
+        # Sorting is stable: of equals the source comes first that is named first.
+        return sorted(pools, key=lambda pool: Fraction(pool.before, pool.total))
 
     def examples(self, count_of: CountOf) -> int:
         """How many examples the epoch has."""
@@ -98,15 +127,18 @@ class EpochPlan:
         """
         merged = waiting = np.zeros(0, dtype=_EXAMPLE)
         numbers = count()
-        for start, pool in [*self._pools(), (math.inf, [])]:
-            due = waiting["position"] < start
+        read = 0
+        for pool in [*self._pools, None]:
+            due = waiting["position"] < (pool.start if pool else math.inf)
             next_up = waiting[due]
             in_order = np.lexsort((next_up["reading"], next_up["position"]))
             merged = np.concatenate([merged, next_up[in_order]])
             while len(merged) >= BLOCK_EXAMPLES:
                 yield self._block(merged[:BLOCK_EXAMPLES], next(numbers))
                 merged = merged[BLOCK_EXAMPLES:]
-            waiting = np.concatenate([waiting[~due], self._shuffled(start, pool, count_of)])
+            if pool:
+                waiting = np.concatenate([waiting[~due], self._shuffled(pool, read, count_of)])
+                read += len(pool.readings)
         if len(merged):
             yield self._block(merged, next(numbers))
 
@@ -141,36 +173,17 @@ class EpochPlan:
             at += last - first
         return readings
 
-    def _pools(self) -> Iterator[tuple[float, list[tuple[int, Reading]]]]:
-        """Readings that are shuffled together, with their numbers, and the position at which they begin."""
-        used = [0] * len(self.course.sources)
-        numbered = enumerate(self.readings)
-        for (source, _), group in groupby(numbered, key=lambda item: (item[1].source, item[1].pool)):
-            pool = list(group)
-            yield used[source] / self._units[source], pool
-            used[source] += sum(reading.last - reading.first for _, reading in pool)
-
-    @cached_property
-    def _units(self) -> list[int]:
-        """What the epoch takes of each source, in the units of its windows' sizes."""
-        units = [0] * len(self.course.sources)
-        for reading in self.readings:
-            units[reading.source] += reading.last - reading.first
-        return units
-
-    def _shuffled(self, start: float, pool: Sequence[tuple[int, Reading]], count_of: CountOf) -> Examples:
-        """The examples of a pool in random order, evenly over the positions that the pool covers."""
-        if not pool:
-            return np.zeros(0, dtype=_EXAMPLE)
-        parts = [self._rows(number, reading, count_of) for number, reading in pool]
+    def _shuffled(self, pool: _Pool, read: int, count_of: CountOf) -> Examples:
+        """The examples of a pool, before which so many readings come, in random order and evenly over the
+        positions that the pool covers."""
+        parts = [self._rows(number, reading, count_of) for number, reading in enumerate(pool.readings, read)]
         numbers, rows = np.concatenate(parts, axis=1)
-        _, first = pool[0]
+        first = pool.readings[0]
         key = (first.source, first.task_epoch, self.epoch, first.pool)
         order = _permutation(len(rows), self.course.seed, _POOL, *key)
-        units = sum(reading.last - reading.first for _, reading in pool)
         examples = np.zeros(len(rows), dtype=_EXAMPLE)
         places = (np.arange(len(rows)) + 0.5) / max(1, len(rows))
-        examples["position"] = start + places * units / self._units[first.source]
+        examples["position"] = pool.start + places * pool.units / pool.total
         examples["reading"], examples["row"] = numbers[order], rows[order]
         return examples
 

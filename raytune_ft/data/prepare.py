@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
+from raytune_ft.data.access import store_at
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, DataCounts, Survey, WindowReport, check_counts
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
@@ -25,7 +26,7 @@ from raytune_ft.data.windows import WINDOW_BYTES, Window
 from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import JobSpec
-from raytune_ft.storage import disk_errors, join_uri, open_storage
+from raytune_ft.storage import disk_errors, join_uri
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,12 +148,11 @@ def surveyed(windows: Sequence[Window], seed: int) -> list[int]:
     """
     if sum(window.size_bytes for window in windows) <= SURVEY_BYTES:
         return list(range(len(windows)))
-    of_source: dict[int, list[int]] = {}
-    for number, window in enumerate(windows):
-        of_source.setdefault(window.source, []).append(number)
+    of_source = Survey(windows, {}).numbers
     chosen = []
     for source, numbers in of_source.items():
-        in_order = [numbers[at] for at in window_order(len(numbers), seed, source, task_epoch=0)]
+        order = window_order(len(numbers), seed, source, task_epoch=0)
+        in_order = [numbers[at] for at in order.tolist()]
         # A file without content tells nothing of the others.
         filled = [number for number in in_order if windows[number].size_bytes] or in_order
         chosen += _sample(filled, windows, SAMPLE_BYTES // len(of_source))
@@ -198,7 +198,7 @@ def divide_all(reader: WindowReader) -> tuple[Window, ...]:
 
 
 def _divide(numbers: Sequence[int], reader: WindowReader) -> Iterator[Window]:
-    cache = None if reader.cache is None else open_storage(reader.cache)
+    cache = None if reader.cache is None else store_at(reader.cache)
     for number in numbers:
         found = reader.objects[number]
         yield from divide(found, number, reader.data.sources[found.source].format, cache)

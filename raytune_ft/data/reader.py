@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
+from raytune_ft.data.access import store_at
 from raytune_ft.data.cache import TokenCache, cache_key
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import encode, tokenise_window
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.windows import Window
 from raytune_ft.spec import DataSpec
-from raytune_ft.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WindowReader:
         key = None if self.cache is None else cache_key(found, window, self.data, self.encoder)
         if self.cache is None or key is None:
             return encode(tokenise_window(found, window, self.data, self.encoder))
-        cache = TokenCache(open_storage(self.cache))
+        cache = TokenCache(store_at(self.cache))
         content = cache.get(key)
         if content is None:
             content = encode(tokenise_window(found, window, self.data, self.encoder))

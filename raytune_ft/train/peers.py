@@ -45,10 +45,6 @@ class Peers:
         """The least of all workers' values, so that what each decides by its own machine is the same."""
         return min(self.sum([value if rank == self.rank else 0.0 for rank in range(self.count)]))
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        self.sum([0.0])
-
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each float32 gradient by its sum over all workers, which get the same bits.

@@ -147,10 +147,7 @@ def _train(
                 for step in coming
             ),
             start=position.step,
-            # Where the total was estimated the data may last longer: then the last rate stays.
-            learning_rate=lambda step: learning_rate(
-                min(step, total - 1), total, job.schedule, job.optimizer.learning_rate
-            ),
+            learning_rate=lambda step: learning_rate(step, total, job.schedule, job.optimizer.learning_rate),
             report=recorder,
             peers=peers,
         )

@@ -264,20 +264,22 @@ class TestRefused:
             "cluster.device = gpu: the cluster has no GPU; add a GPU node, or use device: auto"
         )
 
-    def test_data_that_changed_under_a_run(self, job: JobSpec, capitals: Path, tmp_path: Path) -> None:
-        own = tmp_path / "own.jsonl"
-        own.write_bytes(capitals.read_bytes())
-        mine = changed(
-            job, data={**job.resolved()["data"], "sources": [{"uri": str(own)}]}, cluster={"max_restarts": 0}
-        )
-        with pytest.raises(TrainingError):
-            train(mine, tmp_path / "out", on_event=kill_once_kept(mine.publish.catalog, []))
-        own.write_text(own.read_text().replace("number 3", "number three"))
-        with pytest.raises(DataError, match=r"^capitals: the data changed since this run began .*--restart$"):
-            train(mine, tmp_path / "out")
-
 
 def test_a_tokenizer_without_a_pad_token(job: JobSpec, tmp_path: Path) -> None:
     bare = tiny.save_base(tmp_path / "bare", pad_token=False)
     quick = changed(job, model={"path": str(bare), "weight_bits": 32}, schedule={"steps": 2})
     assert train(quick, tmp_path / "out")["steps"] == 2
+
+
+def test_data_that_changed_under_a_run(job: JobSpec, capitals: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_bytes(capitals.read_bytes())
+    mine = changed(
+        job, data={**job.resolved()["data"], "sources": [{"uri": str(own)}]}, cluster={"max_restarts": 0}
+    )
+    with pytest.raises(TrainingError):
+        train(mine, tmp_path / "out", on_event=kill_once_kept(mine.publish.catalog, []))
+    own.write_text(own.read_text().replace("number 3", "number three"))
+    with pytest.raises(DataError, match=r"^capitals: the data changed since this run began .*--restart$"):
+        train(mine, tmp_path / "out")
+    assert Catalog.at(job.publish.catalog).list() == []

@@ -120,11 +120,11 @@ def work(rank: int, folder: str) -> None:
 
 def lose_one(peers: Peers) -> bool:
     """Whether a worker hears of the end of another while it waits for it."""
-    peers.barrier()
+    peers.sum([0.0])
     if peers.rank:
         os._exit(0)
     try:
-        peers.barrier()
+        peers.sum([0.0])
     except RuntimeError:
         return True
     return False
