@@ -109,8 +109,12 @@ class RecordDraft(Entry):
     scores_before: dict[str, FiniteFloat] | None
     """On the test split, with the bare base."""
     scores_after: dict[str, FiniteFloat] | None
+    forgetting: FiniteFloat | None = None
+    """How much worse the model became at what it was not trained on; None where that was not measured."""
     parent: str | None = None
     """Reference of the version that training began from, if any."""
+    merged_from: tuple[str, ...] = ()
+    """References of the versions whose weights were combined, if it was not trained."""
 
 
 class AdapterRecord(RecordDraft):
