@@ -27,7 +27,7 @@ format: install
 
 test: install
 	tests/ceph/install.sh
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not gpu'
 
 chaos: install
 	tests/ceph/install.sh

@@ -26,11 +26,23 @@ import boto3  # noqa: E402  after the environment is clean
 import pytest  # noqa: E402
 from botocore.config import Config  # noqa: E402
 from faultproxy import FaultProxy  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from servers import S3Server, ServerUnavailable, run_s3  # noqa: E402
 
 from raytune_ft.storage import Storage, open_storage  # noqa: E402
 
 SMALL_DISK_BYTES = 1 << 20
+
+# No example is too slow: how long one takes is the machine's affair.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several test processes one runs all that needs a cluster: a second would find no cores."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

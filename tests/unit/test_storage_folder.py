@@ -172,11 +172,12 @@ def test_listing_equals_a_sorted_dictionary(tmp_path_factory: pytest.TempPathFac
         ("file:///a/b%20c", "/a/b c"),
         ("file://localhost/a", "/a"),
         ("file:///a/what?#1", "/a/what?#1"),
-        ("a", f"{os.getcwd()}/a"),
-        ("~/a", f"{os.environ['HOME']}/a"),
+        ("a", "{cwd}/a"),
+        ("~/a", "{home}/a"),
     ],
 )
 def test_local_paths(uri: str, expected: str) -> None:
+    expected = expected.format(cwd=Path.cwd(), home=Path.home())
     assert local_path(uri) == Path(expected)
     assert open_storage(uri).uri == expected
     assert isinstance(open_storage(uri), FolderStorage)
