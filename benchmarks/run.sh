@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath -s "$1")
-peer=.venv-peer streaming=.venv-streaming
+peer=.venv-peer streaming=.venv-streaming mlflow=.venv-mlflow
 
 if [ ! -f "$peer/.installed" ]; then
     python3 -m venv "$peer"
@@ -21,10 +21,16 @@ if [ ! -f "$streaming/.installed" ]; then
         torch==2.13.0 mosaicml-streaming==0.13.0 tokenizers==0.22.2
     touch "$streaming/.installed"
 fi
+if [ ! -f "$mlflow/.installed" ]; then
+    python3 -m venv "$mlflow"
+    "$mlflow/bin/pip" install --quiet --disable-pip-version-check mlflow==3.17.2
+    touch "$mlflow/.installed"
+fi
 
 write=(--write docs/benchmarks.md --results runs/benchmarks)
 peer_python=(--peer-python "$PWD/$peer/bin/python")
 "$bin/python" benchmarks/data_throughput.py "${peer_python[@]}" \
     --streaming-python "$PWD/$streaming/bin/python" "${write[@]}"
 "$bin/python" benchmarks/data_stream.py "${write[@]}"
+"$bin/python" benchmarks/catalog.py --mlflow-python "$PWD/$mlflow/bin/python" "${write[@]}"
 "$bin/python" benchmarks/job_vs_trl.py "${peer_python[@]}" --repeats 2 "${write[@]}"

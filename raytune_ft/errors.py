@@ -52,6 +52,12 @@ class OutOfMemory(TrainingError):
     """The device's memory does not hold the step."""
 
 
+class GateRefused(RaytuneError):
+    """A version was published, and its scores do not let its alias move."""
+
+    exit_code = 5
+
+
 class StorageError(RaytuneError):
     """The object store or disk failed, after the retries."""
 

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
+from raytune_ft.spec.job import OTHER_TASKS
 
 _MOST_SOURCE_CHARTS = 8
 
@@ -93,6 +94,7 @@ def write_report(report: RunReport, path: Path) -> None:
         scores=score_rows(report.scores_before or {}, report.scores_after or {}),
         samples=[_judged(sample) for sample in report.samples],
         job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
+        outcomes=outcome_texts(report.result),
         commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
         counts=_count_rows(report.data_counts),
     )
@@ -116,6 +118,27 @@ def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Forgetting and gate of a result in words, by their titles; those that it has.
+
+    >>> outcome_texts({"forgetting": 0.0213})
+    {'Forgetting': '+0.0213 in the token loss of other tasks'}
+    """
+    texts = {}
+    if result.get("forgetting") is not None:
+        texts["Forgetting"] = f"{result['forgetting']:+.4f} in the token loss of other tasks"
+    gate = result.get("gate")
+    if gate:
+        old = gate["alias_version"]
+        left = f"{gate['alias']} was not set" if old is None else f"{gate['alias']} was left at v{old}"
+        texts["Gate"] = (
+            f"passed; {gate['alias']} means v{old}"
+            if gate["passed"]
+            else f"refused, {left}: {'; '.join(gate['refused'])}"
+        )
+    return texts
+
+
 def duration_text(seconds: float) -> str:
     """A duration as people say it.
 
@@ -135,7 +158,7 @@ def headline(report: RunReport) -> list[tuple[str, str, str]]:
     """The large figures: value, label, and a remark on it."""
     result, figures = report.result, []
     after, before = report.scores_after or {}, report.scores_before or {}
-    for name in list(after)[:1]:
+    for name in [name for name in after if not name.startswith(OTHER_TASKS)][:1]:
         scale = scale_of(name)
         was = f"before: {scale.text(before[name])}" if name in before else ""
         figures.append((scale.text(after[name]), f"{scale.label} on unseen examples", was))
@@ -172,7 +195,17 @@ def source_rows(report: RunReport) -> list[SourceRow]:
 
 def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[ScoreRow]:
     """Scores before and after, side by side, in the order of `after`."""
-    return [_score_row(scale_of(name), before.get(name), value) for name, value in after.items()]
+    return [_score_row(scale_for(name), before.get(name), value) for name, value in after.items()]
+
+
+def scale_for(name: str) -> Scale:
+    """The scale of a score, which may be one of other tasks.
+
+    >>> scale_for("other_tasks/rougeL").label
+    'Other tasks: ROUGE-L'
+    """
+    scale = scale_of(name.removeprefix(OTHER_TASKS))
+    return replace(scale, label=f"Other tasks: {scale.label}") if name.startswith(OTHER_TASKS) else scale
 
 
 def _score_row(scale: Scale, before: float | None, after: float) -> ScoreRow:

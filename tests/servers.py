@@ -54,8 +54,9 @@ mon data = {data}/mon
 host = localhost
 [osd.0]
 osd data = {data}/osd
-osd objectstore = memstore
+osd objectstore = {object_store}
 memstore device bytes = 4294967296
+bluestore block size = 4294967296
 osd memory target = 939524096
 host = localhost
 [client.rgw]
@@ -71,6 +72,33 @@ class ServerUnavailable(Exception):
     """No S3 server can be started here; the message says why."""
 
 
+@dataclass
+class Daemon:
+    """One process of a server."""
+
+    command: list[str]
+    environment: Mapping[str, str]
+    output: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, or start it again on the data that it left."""
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                env=dict(self.environment),
+                stdout=output,
+                stderr=output,
+                preexec_fn=_end_with_parent,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL, whatever it is doing."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 @dataclass(frozen=True)
 class S3Server:
     """A running server and the only account it knows."""
@@ -79,6 +107,19 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+    daemons: tuple[Daemon, ...] = ()
+    """Those that lose nothing when they are killed, in the order in which they start."""
+
+    def kill(self) -> None:
+        """SIGKILL to all that lose nothing."""
+        for daemon in reversed(self.daemons):
+            daemon.kill()
+
+    def start(self) -> None:
+        """Start what was killed, on the same data and port."""
+        for daemon in self.daemons:
+            daemon.start()
+        _wait_for(self.endpoint)
 
     def environment(self) -> dict[str, str]:
         """The variables through which every client finds and enters this server."""
@@ -114,8 +155,14 @@ def run_s3(folder: Path) -> Iterator[S3Server]:
 
 
 @contextmanager
-def run_ceph(folder: Path) -> Iterator[S3Server]:
-    """Run a Ceph cluster of three processes that `tests/ceph/install.sh` has unpacked."""
+def run_ceph(folder: Path, *, on_disk: bool = False) -> Iterator[S3Server]:
+    """Run a Ceph cluster of three processes that `tests/ceph/install.sh` has unpacked.
+
+    Args:
+        folder: for all that it writes.
+        on_disk: keep objects in `folder`, so that all three may be killed; else in memory, which starts
+            sooner, and only the gateway may be.
+    """
     libraries = _CEPH_ROOT / "usr" / "lib" / f"{os.uname().machine}-linux-gnu"
     monitor_port, gateway_port = free_ports(2)
     for name in ("mon", "osd", "rgw", "run", "log", "crash"):
@@ -128,21 +175,30 @@ def run_ceph(folder: Path) -> Iterator[S3Server]:
             gateway_port=gateway_port,
             data=folder,
             libraries=libraries,
+            object_store="bluestore" if on_disk else "memstore",
         )
     )
     ceph = _Ceph(config, libraries)
-    server = S3Server("ceph", f"http://127.0.0.1:{gateway_port}", "testkey", "testsecret")
+    monitor = ceph.daemon("ceph-mon", "-i", "a")
+    store = ceph.daemon("ceph-osd", "-i", "0")
+    gateway = ceph.daemon("radosgw", "-n", "client.rgw")
+    safe_to_kill = (monitor, store, gateway) if on_disk else (gateway,)
+    server = S3Server("ceph", f"http://127.0.0.1:{gateway_port}", "testkey", "testsecret", safe_to_kill)
     with ExitStack() as daemons:
+        # The data is temporary: at the end there is nothing to flush.
         monitors, mapped = f"[v2:127.0.0.1:{monitor_port}]", str(folder / "monmap")
         ceph.call("monmaptool", "--create", "--fsid", _CLUSTER_ID, "--addv", "a", monitors, mapped)
         ceph.call("ceph-mon", "--mkfs", "-i", "a", "--monmap", mapped)
-        daemons.enter_context(ceph.daemon("ceph-mon", "-i", "a"))
+        daemons.callback(monitor.kill)
+        monitor.start()
         ceph.control("osd", "new", _OSD_ID)
         ceph.call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", _OSD_ID)
-        daemons.enter_context(ceph.daemon("ceph-osd", "-i", "0"))
+        daemons.callback(store.kill)
+        store.start()
         user = ("--uid=test", "--display-name=test", "--access-key=testkey", "--secret-key=testsecret")
         ceph.call("radosgw-admin", "-n", "client.rgw", "user", "create", *user)
-        daemons.enter_context(ceph.daemon("radosgw", "-n", "client.rgw"))
+        daemons.callback(gateway.kill)
+        gateway.start()
         _wait_for(server.endpoint)
         yield server
 
@@ -160,19 +216,9 @@ class _Ceph:
         python = shutil.which("python3", path="/usr/bin") or str(_CEPH_ROOT / "usr" / "bin" / "python3")
         self._run([python, str(_CEPH_ROOT / "usr" / "bin" / "ceph"), "-c", str(self.config), *arguments])
 
-    @contextmanager
-    def daemon(self, program: str, *arguments: str) -> Iterator[None]:
+    def daemon(self, program: str, *arguments: str) -> Daemon:
         command = [str(_CEPH_ROOT / "usr" / "bin" / program), "-f", "-c", str(self.config), *arguments]
-        with (self.config.parent / f"{program}.out").open("wb") as output:
-            process = subprocess.Popen(
-                command, env=self._environment(), stdout=output, stderr=output, preexec_fn=_end_with_parent
-            )
-        try:
-            yield
-        finally:
-            # The data is temporary: there is nothing to flush.
-            process.kill()
-            process.wait()
+        return Daemon(command, self._environment(), self.config.parent / f"{program}.out")
 
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(

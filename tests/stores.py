@@ -1,7 +1,7 @@
 """Stores that fail on purpose, around real ones; and something to publish."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,6 +107,59 @@ class KeepingStorage(WrappedStorage):
 
     def delete(self, key: str) -> None:
         raise StorageDenied(f"{self.uri}/{key}: denied")
+
+
+class InterruptedStorage(WrappedStorage):
+    """Something else happens just before the n-th request; -1: never. Counts the requests."""
+
+    def __init__(self, inner: Storage, at: int, happens: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self.keys: list[str] = []
+        self._at = at
+        self._happens = happens
+
+    @property
+    def requests(self) -> int:
+        return len(self.keys)
+
+    def _request(self, key: str) -> None:
+        self.keys.append(key)
+        if len(self.keys) == self._at + 1:
+            self._happens()
+
+    def read(self, key: str) -> bytes:
+        self._request(key)
+        return super().read(key)
+
+    def read_or_none(self, key: str) -> bytes | None:
+        self._request(key)
+        return super().read_or_none(key)
+
+    def open(self, key: str, start: int = 0, stop: int | None = None, *, etag: str | None = None) -> BinaryIO:
+        self._request(key)
+        return super().open(key, start, stop, etag=etag)
+
+    def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
+        self._request(prefix)
+        return super().list(prefix, limit)
+
+    def info(self, key: str) -> ObjectInfo | None:
+        self._request(key)
+        return super().info(key)
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        self._request(key)
+        super().write(key, data)
+
+    def write_once(self, key: str, data: bytes) -> bool:
+        self._request(key)
+        return super().write_once(key, data)
+
+    def delete(self, key: str) -> None:
+        # The one moment that nothing covers is that between gc's last look at a content and its deletion.
+        if not key.startswith("blobs/"):
+            self._request(key)
+        super().delete(key)
 
 
 def draft(**changes: Any) -> RecordDraft:

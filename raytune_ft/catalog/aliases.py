@@ -1,12 +1,12 @@
 """Moving an alias, forward and back: each move is the next entry of a log, which one writer alone creates."""
 
-import getpass
-import socket
 import uuid
 from datetime import UTC, datetime
 
 from raytune_ft.catalog.layout import alias_prefix, numbered
-from raytune_ft.catalog.lookup import MOVED_BY_CHARACTERS, AliasEntry, CatalogView
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView
+from raytune_ft.catalog.removal import restore_promoted
+from raytune_ft.catalog.who import who
 from raytune_ft.errors import CatalogError
 from raytune_ft.spec.job import NAME, VERSION
 
@@ -35,6 +35,7 @@ def move_alias(
             return current
         entry = _entry(version, current, restores=None)
         if _append(catalog, adapter, alias, number + 1, entry):
+            restore_promoted(catalog, adapter, version)
             return entry
 
 
@@ -46,7 +47,7 @@ def roll_back(catalog: CatalogView, adapter: str, alias: str) -> AliasEntry:
 
     Raises:
         CatalogError: the alias has no earlier meaning, somebody moves it at the same moment, or the version
-            that it meant is damaged.
+            that it meant is removed or damaged.
         StorageError: the store failed.
     """
     _check_names(adapter, alias)
@@ -69,6 +70,7 @@ def roll_back(catalog: CatalogView, adapter: str, alias: str) -> AliasEntry:
             f"{catalog.uri}: {adapter}@{alias} was moved by somebody else at the same moment; "
             "look at it with catalog history, and roll back again if that is still right"
         )
+    restore_promoted(catalog, adapter, earlier.version)
     return entry
 
 
@@ -123,7 +125,7 @@ def _entry(version: int, current: AliasEntry | None, restores: int | None) -> Al
         previous=current.version if current else None,
         created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         token=uuid.uuid4().hex,
-        moved_by=_who(),
+        moved_by=who(),
         restores=restores,
     )
 
@@ -140,13 +142,3 @@ def _meaning(entry: AliasEntry | None) -> str:
         return "nothing"
     by = f" by {entry.moved_by}" if entry.moved_by else ""
     return f"v{entry.version} (moved{by} at {entry.created_at})"
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # A container may run under a number that no name belongs to.
-        user = "unknown"
-    # The environment may name the user, and hold anything.
-    printable = filter(str.isprintable, f"{user}@{socket.gethostname()}")
-    return "".join(printable)[:MOVED_BY_CHARACTERS]

@@ -3,7 +3,11 @@
     blobs/<sha256>                                         content, immutable
     adapters/<name>/versions/<number>.json                 record of a version, written last, once
     adapters/<name>/aliases/<alias>/<number>.json          one entry for each move of an alias
+    adapters/<name>/removed/<number>.json                  that a version is removed; its record stays
+    adapters/<name>/swept/<number>.json                    that the files of a removed version may be gone
     publishes/<publish id>.json                            that a publish has begun; a retry finds its own
+    derived/<what>.gz                                      copies of small objects, to list with few requests
+    cache/tokens/<sha256>.arrow                            tokenised data; made again where it is not there
 
 A number counts down from 9,999,999,999, so that the newest sorts first and one short listing finds it. What
 no record names is not part of the catalog: blobs and begun publishes may be left by a crash.
@@ -16,7 +20,12 @@ from raytune_ft.storage import ObjectInfo
 
 ADAPTERS = "adapters/"
 BLOBS = "blobs/"
+CACHE = "cache/"
 PUBLISHES = "publishes/"
+NEWEST_SNAPSHOT = "derived/newest.gz"
+"""Copies of what `list_catalog` reads; see snapshot.py."""
+VERSIONS_SNAPSHOT = "derived/versions.gz"
+"""Copies of what `list_versions` reads."""
 _LAST = 9_999_999_999
 _NUMBERED = re.compile(r"(?P<folder>.*/)(?P<number>[0-9]{10})\.json", re.DOTALL)
 
@@ -46,6 +55,16 @@ def alias_prefix(adapter: str, alias: str) -> str:
     return f"{aliases_prefix(adapter)}{alias}/"
 
 
+def removed_prefix(adapter: str) -> str:
+    """Beginning of the keys of the notes that an adapter's versions are removed."""
+    return f"{ADAPTERS}{adapter}/removed/"
+
+
+def swept_prefix(adapter: str) -> str:
+    """Beginning of the keys of the notes that files of an adapter's removed versions may be gone."""
+    return f"{ADAPTERS}{adapter}/swept/"
+
+
 def numbered(prefix: str, number: int) -> str:
     """Key of a version or of an alias's entry.
 
@@ -58,7 +77,7 @@ def numbered(prefix: str, number: int) -> str:
 def numbers(objects: Iterable[ObjectInfo]) -> Iterator[tuple[str, int]]:
     """Prefix and number of each object that has one, in the order given; others are not the catalog's.
 
-    >>> list(numbers([ObjectInfo("a/9999999996.json", 1, ""), ObjectInfo("a/notes.txt", 1, "")]))
+    >>> list(numbers([ObjectInfo(f"a/{name}", 1, "", 0.0) for name in ("9999999996.json", "notes")]))
     [('a/', 3)]
     """
     for found in objects:

@@ -1,4 +1,4 @@
-"""Where a version came from: the versions that training began from, one after another, and their aliases."""
+"""Where a version came from: what training began from or weights were merged from, and their aliases."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,9 @@ from raytune_ft.catalog.aliases import alias_history
 from raytune_ft.catalog.lookup import CatalogView
 from raytune_ft.catalog.record import AdapterRecord
 from raytune_ft.errors import CatalogError
+
+_MAX_DEPTH = 32
+"""Merges of merges are followed no deeper: each takes a frame of the stack."""
 
 
 @dataclass(frozen=True)
@@ -27,41 +30,77 @@ class Ancestor:
     record: AdapterRecord
     periods: tuple[AliasPeriod, ...]
     """By alias, then by time."""
+    merged_from: tuple["Lineage", ...]
+    """Of each version that it was merged from, in the record's order."""
 
 
 @dataclass(frozen=True)
 class Lineage:
     """A version, its parent, and so on."""
 
+    reference: str
+    """As it was asked for, or as a record names it."""
     chain: tuple[Ancestor, ...]
-    """The version that was asked for first, the oldest last."""
+    """The version first, the oldest last; empty where even the first is not to be had."""
     broken: str | None
     """Why the chain ends before a version without parent; None where it does not."""
 
 
 def lineage_of(catalog: CatalogView, reference: str) -> Lineage:
-    """Follow the parents of a version as far as the catalog has them.
+    """Follow the parents of a version, and what it was merged from, as far as the catalog has them.
 
     Raises:
         CatalogError: no such version, or its record or an alias's log is damaged.
         StorageError: the store failed.
     """
     record = catalog.resolve(reference)
-    chain = [Ancestor(record, _periods(catalog, record))]
-    seen = {record.reference}
-    broken = None
-    while record.parent is not None and broken is None:
+    return _Walk(catalog).follow(reference, record, below=frozenset())
+
+
+class _Walk:
+    """Follows each version once, however many were made from it: records are not trusted to be few."""
+
+    def __init__(self, catalog: CatalogView) -> None:
+        self._catalog = catalog
+        self._seen: set[str] = set()
+
+    def follow(self, reference: str, record: AdapterRecord, below: frozenset[str]) -> Lineage:
+        """The chain from a version on; `below` are the versions that it is an ancestor of."""
+        chain: list[Ancestor] = []
+        broken = None
+        following: AdapterRecord | None = record
+        while following is not None:
+            record = following
+            self._seen.add(record.reference)
+            below |= {record.reference}
+            merged = tuple(self._source(source, below) for source in record.merged_from)
+            chain.append(Ancestor(record, _periods(self._catalog, record), merged))
+            following = None
+            if record.parent is not None:
+                following, broken = self._next(record.parent, below)
+        return Lineage(reference, tuple(chain), broken)
+
+    def _source(self, reference: str, below: frozenset[str]) -> Lineage:
+        record, broken = self._next(reference, below)
+        if record is not None and len(below) > _MAX_DEPTH:
+            broken = (
+                f"{record.reference}: more than {_MAX_DEPTH} versions from the first; look at it by itself"
+            )
+        if record is None or broken is not None:
+            return Lineage(reference, (), broken)
+        return self.follow(reference, record, below)
+
+    def _next(self, reference: str, below: frozenset[str]) -> tuple[AdapterRecord | None, str | None]:
+        """The record of an ancestor, or why it is not followed."""
         try:
-            record = catalog.resolve(record.parent)
+            record = self._catalog.resolve(reference)
         except CatalogError as error:
-            broken = str(error)
-            continue
-        if record.reference in seen:
-            broken = f"{record.reference}: is its own ancestor; a record was altered or damaged"
-            continue
-        seen.add(record.reference)
-        chain.append(Ancestor(record, _periods(catalog, record)))
-    return Lineage(tuple(chain), broken)
+            return None, str(error)
+        if record.reference in below:
+            return None, f"{record.reference}: is its own ancestor; a record was altered or damaged"
+        if record.reference in self._seen:
+            return None, "stands above"
+        return record, None
 
 
 def _periods(catalog: CatalogView, record: AdapterRecord) -> tuple[AliasPeriod, ...]:

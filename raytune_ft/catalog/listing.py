@@ -1,15 +1,35 @@
-"""The adapters of a catalog with their aliases, filtered; a damaged one stops no other."""
+"""The adapters of a catalog with their aliases, filtered; a damaged one stops no other.
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+One listing says what there is, and a snapshot what it holds: see snapshot.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from raytune_ft.catalog.lookup import CatalogView
-from raytune_ft.catalog.record import AdapterRecord
-from raytune_ft.errors import CatalogError
+from pydantic import ValidationError
 
-_READERS = 8
+from raytune_ft.catalog.layout import (
+    ADAPTERS,
+    NEWEST_SNAPSHOT,
+    VERSIONS_SNAPSHOT,
+    numbered,
+    numbers,
+    versions_prefix,
+)
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView
+from raytune_ft.catalog.record import AdapterRecord, parse_record
+from raytune_ft.catalog.snapshot import Snapshot
+from raytune_ft.errors import CatalogError
+from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.storage import ObjectInfo, Storage, join_uri
+
+MOST_VERSIONS = 20
+"""Of one adapter in `list_versions`."""
+MOST_RECORDS = 5_000
+"""Of all adapters in `list_versions`, unless the newest of each are more already."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +59,184 @@ class Listing:
     rows: tuple[tuple[AdapterRecord, dict[str, int]], ...]
     damaged: tuple[str, ...]
     """One message for each adapter that is left out for it."""
+    notes: tuple[str, ...] = ()
+    """What is wrong and does no harm."""
+
+
+@dataclass(frozen=True)
+class History:
+    """One adapter: its newest versions and those that aliases mean."""
+
+    records: tuple[AdapterRecord, ...]
+    """The newest first; at least one."""
+    versions: int
+    """How many there are, whether or not they are in `records`."""
+    aliases: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """All adapters by name, and what could not be read."""
+
+    adapters: tuple[History, ...]
+    damaged: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Listed:
+    """What a listing shows of one adapter."""
+
+    versions: dict[int, ObjectInfo] = field(default_factory=dict)
+    """The newest first, without those that were removed."""
+    removed: set[int] = field(default_factory=set)
+    moves: dict[str, tuple[int, ObjectInfo]] = field(default_factory=dict)
+    """Number and object of the last move of each alias."""
 
 
 def list_catalog(catalog: CatalogView, only: Filter = Filter()) -> Listing:
     """One version of each adapter that passes a filter: the newest, or the one that an alias means.
 
+    Takes one listing and one more request, and one for each object that changed since the snapshot was
+    written. Writes the snapshot where that pays and is allowed.
+
     Raises:
         StorageError: the store failed.
     """
-    newest = {
-        name: version
-        for name, version in catalog.newest_versions().items()
-        if fnmatchcase(name, only.adapter)
-    }
-
-    def read(name: str) -> tuple[AdapterRecord, dict[str, int]] | str | None:
-        try:
-            aliases = catalog.aliases(name)
-            version = newest[name] if only.alias is None else aliases.get(only.alias)
-            record = None if version is None else catalog.read(name, version)
-        except CatalogError as error:
-            return str(error)
-        return (record, aliases) if record is not None and only.fits(record) else None
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        found = list(readers.map(read, newest))
+    listed = {name: of for name, of in _listed(catalog.storage).items() if fnmatchcase(name, only.adapter)}
+    reader = _Reader(catalog, NEWEST_SNAPSHOT)
+    aliases = reader.aliases(listed)
+    wanted = [
+        (name, version)
+        for name, of in aliases.items()
+        if (version := next(iter(listed[name].versions)) if only.alias is None else of.get(only.alias))
+    ]
+    records = reader.records(listed, wanted)
+    if only.adapter == "*":
+        newest = [next(iter(of.versions.values())) for of in listed.values()]
+        reader.save(listed, aliases, newest)
     return Listing(
-        rows=tuple(row for row in found if isinstance(row, tuple)),
-        damaged=tuple(message for message in found if isinstance(message, str)),
+        rows=tuple((record, aliases[name]) for (name, _), record in records.items() if only.fits(record)),
+        damaged=tuple(sorted(reader.damaged)),
+        notes=reader.notes,
     )
+
+
+def list_versions(catalog: CatalogView) -> Histories:
+    """The versions of all adapters: the newest `MOST_VERSIONS` of each, fewer where adapters are many.
+
+    Raises:
+        StorageError: the store failed.
+    """
+    listed = _listed(catalog.storage)
+    reader = _Reader(catalog, VERSIONS_SNAPSHOT)
+    aliases = reader.aliases(listed)
+    most = max(1, min(MOST_VERSIONS, MOST_RECORDS // max(1, len(listed))))
+    wanted = [
+        (name, version)
+        for name, of in aliases.items()
+        for at, version in enumerate(listed[name].versions)
+        if at < most or version in of.values()
+    ]
+    by_name: dict[str, list[AdapterRecord]] = defaultdict(list)
+    for (name, _), record in reader.records(listed, wanted).items():
+        by_name[name].append(record)
+    reader.save(listed, aliases, (listed[name].versions[version] for name, version in wanted))
+    adapters = [
+        History(tuple(records), len(listed[name].versions), aliases[name])
+        for name, records in by_name.items()
+    ]
+    return Histories(tuple(adapters), tuple(sorted(reader.damaged)), reader.notes)
+
+
+class _Reader:
+    """Reads what a listing shows, as far as possible from a snapshot."""
+
+    def __init__(self, catalog: CatalogView, key: str) -> None:
+        self._catalog = catalog
+        self._snapshot = Snapshot(catalog.storage, key)
+        self.damaged: list[str] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._snapshot.note,) if self._snapshot.note else ()
+
+    def aliases(self, listed: Mapping[str, _Listed]) -> dict[str, dict[str, int]]:
+        """Version that each alias means, of each adapter but those with a damaged one."""
+        contents = self._snapshot.contents(info for of in listed.values() for _, info in of.moves.values())
+        found = {}
+        for name, of in listed.items():
+            try:
+                found[name] = {
+                    alias: self._alias_entry(name, alias, number, contents.get(info.key)).version
+                    for alias, (number, info) in of.moves.items()
+                }
+            except CatalogError as error:
+                self.damaged.append(str(error))
+        return found
+
+    def records(
+        self, listed: Mapping[str, _Listed], wanted: Iterable[tuple[str, int]]
+    ) -> dict[tuple[str, int], AdapterRecord]:
+        """The records of versions by adapter and number, but for damaged ones."""
+        wanted = list(wanted)
+        present = [listed[name].versions.get(version) for name, version in wanted]
+        contents = self._snapshot.contents(filter(None, present))
+        found = {}
+        for name, version in wanted:
+            key = numbered(versions_prefix(name), version)
+            try:
+                found[name, version] = self._record(name, version, contents.get(key))
+            except CatalogError as error:
+                self.damaged.append(str(error))
+        return found
+
+    def save(
+        self,
+        listed: Mapping[str, _Listed],
+        aliases: Mapping[str, Mapping[str, int]],
+        records: Iterable[ObjectInfo],
+    ) -> None:
+        """Write the snapshot anew where that pays: records, last moves, and the versions they lead to."""
+        self._snapshot.save({info.key: info for info in _useful(listed, aliases, records)}.values())
+
+    def _alias_entry(self, name: str, alias: str, number: int, content: bytes | None) -> AliasEntry:
+        if content is not None:
+            with suppress(ValidationError):
+                return AliasEntry.model_validate_json(content)
+        return self._catalog.read_alias_entry(name, alias, number)
+
+    def _record(self, name: str, version: int, content: bytes | None) -> AdapterRecord:
+        if content is not None:
+            place = join_uri(self._catalog.uri, numbered(versions_prefix(name), version))
+            # A snapshot may be altered too: what is wrong with a record, the record itself says.
+            with suppress(CatalogError):
+                return parse_record(content, name, version, place)
+        return self._catalog.read_living(name, version)
+
+
+def _useful(
+    listed: Mapping[str, _Listed], aliases: Mapping[str, Mapping[str, int]], records: Iterable[ObjectInfo]
+) -> Iterator[ObjectInfo]:
+    yield from records
+    for name, of in aliases.items():
+        yield from (info for _, info in listed[name].moves.values())
+        yield from (listed[name].versions[at] for at in of.values() if at in listed[name].versions)
+
+
+def _listed(storage: Storage) -> dict[str, _Listed]:
+    """What stands under each adapter's name, from one listing; adapters without any version are left out."""
+    adapters: dict[str, _Listed] = defaultdict(_Listed)
+    for info in storage.list(ADAPTERS):
+        folder, number = next(numbers([info]), ("", 0))
+        match folder.split("/"):
+            case [_, name, "versions", ""] if NAME.fullmatch(name):
+                adapters[name].versions[number] = info
+            case [_, name, "removed", ""]:
+                adapters[name].removed.add(number)
+            case [_, name, "aliases", alias, ""] if NAME.fullmatch(alias) and not VERSION.fullmatch(alias):
+                # The newest sorts first.
+                adapters[name].moves.setdefault(alias, (number, info))
+    for of in adapters.values():
+        of.versions = {number: info for number, info in of.versions.items() if number not in of.removed}
+    return {name: of for name, of in adapters.items() if of.versions}

@@ -20,14 +20,17 @@ from raytune_ft.catalog.layout import (
     blob_key,
     numbered,
     numbers,
+    removed_prefix,
     versions_prefix,
 )
 from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, UtcTime, parse_record
+from raytune_ft.catalog.signing import Trust
+from raytune_ft.catalog.who import WHO_CHARACTERS
 from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.spec.job import NAME, VERSION, Name
 from raytune_ft.storage import Storage, disk_errors, join_uri
 
-MOVED_BY_CHARACTERS = 200
+REASON_CHARACTERS = 500
 _NAMED_AT_MOST = 10
 _READERS = 8
 
@@ -36,6 +39,9 @@ def _check_printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("must be printable")
     return text
+
+
+_Who = Annotated[str, AfterValidator(_check_printable), Field(max_length=WHO_CHARACTERS)]
 
 
 class AliasEntry(Entry):
@@ -47,10 +53,28 @@ class AliasEntry(Entry):
     created_at: UtcTime
     token: str
     """Tells a lost answer to this very write from somebody else's move."""
-    moved_by: Annotated[str, AfterValidator(_check_printable), Field(max_length=MOVED_BY_CHARACTERS)] = ""
+    moved_by: _Who = ""
     """User and machine, as far as they are known; one line that no terminal obeys."""
     restores: PositiveInt | None = None
     """Number of the earlier move whose state a rollback restores; None for all other moves."""
+
+
+class Removal(Entry):
+    """Note that a version is removed: its record stays, and means nothing any more."""
+
+    schema_version: Literal[1] = 1
+    adapter: Name
+    version: PositiveInt
+    removed_at: UtcTime
+    removed_by: _Who
+    reason: Annotated[str, AfterValidator(_check_printable), Field(max_length=REASON_CHARACTERS)]
+    """Empty where none was given."""
+    token: str
+    """Tells a lost answer to this very write from somebody else's removal."""
+
+    def __str__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.adapter}@v{self.version} was removed by {self.removed_by} at {self.removed_at}{why}"
 
 
 @dataclass(frozen=True)
@@ -65,10 +89,10 @@ class CatalogView:
         return self.storage.uri
 
     def resolve(self, reference: str) -> AdapterRecord:
-        """The record that `name`, `name@v3` or `name@alias` means; a bare name means its newest version.
+        """The record that `name`, `name@v3` or `name@alias` means; a bare name: the newest one left.
 
         Raises:
-            CatalogError: there is no such adapter, version or alias, or the record is damaged.
+            CatalogError: there is no such adapter, version or alias, it is removed, or the record is damaged.
             StorageError: the store cannot be read.
         """
         adapter, at, selector = reference.partition("@")
@@ -76,6 +100,9 @@ class CatalogView:
             raise CatalogError(f"{reference!r:.200}: not a reference; write NAME, NAME@v3 or NAME@ALIAS")
         number = VERSION.fullmatch(selector)
         if not selector:
+            version = self.newest_living(adapter)
+            if version:
+                return self.read(adapter, version)
             version = self.newest_version(adapter)
         elif number:
             version = int(number[1])
@@ -84,10 +111,24 @@ class CatalogView:
             version = entry.version if entry else 0
         if not version:
             raise CatalogError(self._not_found(adapter, selector))
-        return self.read(adapter, version)
+        return self.read_living(adapter, version)
+
+    def read_living(self, adapter: str, version: int) -> AdapterRecord:
+        """The record of a version by its number, if it is not removed.
+
+        Raises:
+            CatalogError: it is not there, removed, or damaged.
+        """
+        record = self.read(adapter, version)
+        removal = self.read_removal(adapter, version)
+        if removal is not None:
+            raise CatalogError(
+                f"{self.uri}: {removal}; restore it with: raytune-ft catalog restore {adapter}@v{version}"
+            )
+        return record
 
     def read(self, adapter: str, version: int) -> AdapterRecord:
-        """The record of a version by its number.
+        """The record of a version by its number, of a removed one too.
 
         Raises:
             CatalogError: it is not there, or damaged.
@@ -98,23 +139,31 @@ class CatalogView:
         return self._parse(content, adapter, version)
 
     def list(self) -> list[AdapterRecord]:
-        """The record of the newest version of each adapter, by name."""
-        references = [f"{adapter}@v{version}" for adapter, version in self.newest_versions().items()]
+        """The record of the newest version of each adapter, by name; removed versions are not counted."""
         with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(self.resolve, references))
+            return list(readers.map(lambda at: self.read(*at), self.newest_versions().items()))
 
     def newest_versions(self) -> dict[str, int]:
-        """The newest version of each adapter, by name, from one listing."""
+        """The newest version of each adapter that is not removed, by name, from one listing."""
         newest: dict[str, int] = {}
+        removed: set[tuple[str, int]] = set()
         for folder, version in numbers(self.storage.list(ADAPTERS)):
             adapter = folder.removeprefix(ADAPTERS).partition("/")[0]
-            if NAME.fullmatch(adapter) and folder == versions_prefix(adapter):
+            if not NAME.fullmatch(adapter):
+                continue
+            if folder == removed_prefix(adapter):  # It sorts before the versions.
+                removed.add((adapter, version))
+            elif folder == versions_prefix(adapter) and (adapter, version) not in removed:
                 newest.setdefault(adapter, version)
         return newest
 
     def versions(self, adapter: str) -> Sequence[int]:
-        """All versions of an adapter, ascending; none where there is no such adapter."""
+        """All versions of an adapter, removed ones too, ascending; none where there is no such adapter."""
         return sorted(self._numbers(versions_prefix(adapter)))
+
+    def removed_versions(self, adapter: str) -> set[int]:
+        """The versions of an adapter that are removed."""
+        return set(self._numbers(removed_prefix(adapter)))
 
     def aliases(self, adapter: str) -> dict[str, int]:
         """Version that each alias of an adapter means now."""
@@ -125,15 +174,17 @@ class CatalogView:
         entries = {name: self.newest_alias_entry(adapter, name)[1] for name in names if NAME.fullmatch(name)}
         return {name: entry.version for name, entry in entries.items() if entry}
 
-    def pull(self, reference: str, to: Path) -> AdapterRecord:
+    def pull(self, reference: str, to: Path, *, trust: Trust = Trust()) -> AdapterRecord:
         """Fetch the files of a version into a new folder, which appears complete or not at all.
 
         Raises:
-            CatalogError: no such version, `to` is there and not empty, or a file is not what was published.
+            CatalogError: no such version, its signature is refused, `to` is there and not empty, or a file is
+                not what was published.
             StorageFull: no space is left.
             StorageError: the store or the disk failed.
         """
         record = self.resolve(reference)
+        trust.check(record)
         to = Path(os.path.abspath(to))
         with disk_errors(str(to)):
             if to.exists() and not (to.is_dir() and not any(to.iterdir())):
@@ -150,8 +201,35 @@ class CatalogView:
         return record
 
     def newest_version(self, adapter: str) -> int:
-        """Highest version of an adapter; 0 where there is none."""
+        """Highest version of an adapter, removed or not; 0 where there is none."""
         return self._newest(versions_prefix(adapter))
+
+    def newest_living(self, adapter: str) -> int:
+        """Highest version of an adapter that is not removed; 0 where there is none."""
+        newest = self.newest_version(adapter)
+        # Two listings of one key each tell all, unless the newest itself is removed.
+        if newest > self._newest(removed_prefix(adapter)):
+            return newest
+        return max(set(self.versions(adapter)) - self.removed_versions(adapter), default=0)
+
+    def read_removal(self, adapter: str, version: int) -> Removal | None:
+        """Who removed a version, when and why; None where nobody did.
+
+        Raises:
+            CatalogError: the note is damaged.
+        """
+        key = numbered(removed_prefix(adapter), version)
+        content = self._read_small(key)
+        if content is None:
+            return None
+        place = join_uri(self.uri, key)
+        try:
+            removal = Removal.model_validate_json(content)
+        except ValidationError:
+            raise CatalogError(f"{place}: not a removal's note; the object was altered or damaged") from None
+        if (removal.adapter, removal.version) != (adapter, version):
+            raise CatalogError(f"{place}: is the note of {removal.adapter}@v{removal.version}; it was moved")
+        return removal
 
     def newest_alias_entry(self, adapter: str, alias: str) -> tuple[int, AliasEntry | None]:
         """Number and content of an alias's last move; (0, None) where there was none."""
@@ -215,14 +293,17 @@ class CatalogView:
         return parse_record(content, adapter, version, place)
 
     def _newest(self, prefix: str) -> int:
-        # One key is enough, unless something foreign lies before it.
-        for limit in (1, None):
-            for number in self._numbers(prefix, limit):
+        first = next(self.storage.list(prefix, 1), None)
+        if first is None:
+            return 0
+        # One key is enough, unless something foreign lies before the others.
+        for folder, number in numbers([first]):
+            if folder == prefix:
                 return number
-        return 0
+        return next(self._numbers(prefix), 0)
 
-    def _numbers(self, prefix: str, limit: int | None = None) -> Iterator[int]:
-        return (number for folder, number in numbers(self.storage.list(prefix, limit)) if folder == prefix)
+    def _numbers(self, prefix: str) -> Iterator[int]:
+        return (number for folder, number in numbers(self.storage.list(prefix)) if folder == prefix)
 
     def _read_small(self, key: str) -> bytes | None:
         """An object of the catalog's own, not trusted to be of any size."""
@@ -244,7 +325,8 @@ class CatalogView:
             there = f"did you mean {close[0]}?" if close else f"it holds {_some(names)}"
             return f"{self.uri}: no adapter {adapter}; {there}"
         if VERSION.fullmatch(selector):
-            there = _some(f"v{version}" for version in reversed(versions))
+            removed = self.removed_versions(adapter)
+            there = _some(f"v{version}" for version in reversed(versions) if version not in removed)
             return f"{self.uri}: {adapter} has no version {selector}; it has {there}"
         return f"{self.uri}: {adapter} has no alias {selector}; it has {_some(self.aliases(adapter))}"
 

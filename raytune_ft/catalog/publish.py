@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import NonNegativeInt, ValidationError
 
 from raytune_ft.catalog.aliases import move_alias
-from raytune_ft.catalog.layout import blob_key, numbered, publish_key, versions_prefix
+from raytune_ft.catalog.contents import ContentWriter
+from raytune_ft.catalog.layout import numbered, publish_key, versions_prefix
 from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.record import (
     PUBLISH_ID,
@@ -20,11 +21,9 @@ from raytune_ft.catalog.record import (
     file_name_problem,
     publish_id_of,
 )
+from raytune_ft.catalog.signing import Signer
 from raytune_ft.errors import CatalogError, StorageError
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
-
-READ_BACK_BYTES = 64 << 20
-"""Content that is in the catalog already is read back up to this size; larger is told by its size alone."""
 
 
 class _Begun(Entry):
@@ -62,17 +61,25 @@ class Catalog(CatalogView):
                 "versions; use one with conditional writes (AWS S3, Ceph, MinIO, Cloudflare R2) or a folder"
             )
 
-    def publish(self, draft: RecordDraft, files: Mapping[str, Path], *, publish_id: str) -> AdapterRecord:
+    def publish(
+        self,
+        draft: RecordDraft,
+        files: Mapping[str, Path],
+        *,
+        publish_id: str,
+        signer: Signer | None = None,
+    ) -> AdapterRecord:
         """Publish the next version: content first, the record last and once.
 
         A crash leaves nothing visible, and the same call completes it. A call that succeeded before returns
         the version that it made then, whatever `draft` and `files` hold now. Content that was damaged in the
-        store is replaced, up to `READ_BACK_BYTES`.
+        store is replaced, up to `contents.READ_BACK_BYTES`.
 
         Args:
             draft: what the record says.
             files: local file of each name in the version. They must not change meanwhile.
             publish_id: the same for each retry, another for each new version.
+            signer: signs the record; None: it has no signature.
 
         Raises:
             CatalogError: a file may not be part of a version, or the id stands for another adapter.
@@ -89,9 +96,24 @@ class Catalog(CatalogView):
         done, newest = self._find(draft.adapter, publish_id, base_version)
         if done is not None:
             return done
-        for entry in entries:
-            self._write_blob(entry, files[entry.name])
-        return self._claim(draft, entries, publish_id, newest + 1)
+        contents = ContentWriter(self.storage, {entry: files[entry.name] for entry in entries})
+        contents.write()
+        contents.complete()
+        record = self._claim(draft, entries, publish_id, newest + 1, signer)
+        contents.complete()
+        return record
+
+    def published(self, adapter: str, publish_id: str) -> AdapterRecord | None:
+        """The version that a publish made, or None where it made none yet. Writes nothing.
+
+        Raises:
+            CatalogError: the id stands for another adapter, or the version's record is damaged.
+            StorageError: the store failed.
+        """
+        if self.storage.info(publish_key(publish_id)) is None:
+            return None
+        base_version = self._begun(adapter, publish_id)
+        return self._find(adapter, publish_id, base_version)[0]
 
     def set_alias(
         self,
@@ -117,8 +139,8 @@ class Catalog(CatalogView):
             The alias's last move: this one, or the one that made it superfluous.
 
         Raises:
-            CatalogError: no alias may be called so, there is no such version, or the alias does not mean what
-                is expected.
+            CatalogError: no alias may be called so, there is no such version, it is removed, or the alias
+                does not mean what is expected.
             StorageError: the store failed.
         """
         return move_alias(self, adapter, alias, version, forward_only=forward_only, expect=expect)
@@ -129,6 +151,11 @@ class Catalog(CatalogView):
         key = publish_key(publish_id)
         if self.storage.write_once(key, begun.model_dump_json().encode()):
             return begun.base_version
+        return self._begun(adapter, publish_id)
+
+    def _begun(self, adapter: str, publish_id: str) -> int:
+        """What the note of a publish says was the newest version when it first began."""
+        key = publish_key(publish_id)
         try:
             earlier = _Begun.model_validate_json(self.storage.read(key))
         except ValidationError:
@@ -151,22 +178,13 @@ class Catalog(CatalogView):
                 return self._parse(content, adapter, version), newest
         return None, newest
 
-    def _write_blob(self, entry: FileEntry, path: Path) -> None:
-        if not self._holds_blob(entry):
-            self.storage.write(blob_key(entry.sha256), path)
-
-    def _holds_blob(self, entry: FileEntry) -> bool:
-        """Whether the content is there. A damaged one is not, so that publishing again repairs it."""
-        key = blob_key(entry.sha256)
-        found = self.storage.info(key)
-        if found is None or found.size_bytes != entry.size_bytes:
-            return False
-        if entry.size_bytes > READ_BACK_BYTES:
-            return True
-        return hashlib.sha256(self.storage.read(key)).hexdigest() == entry.sha256
-
     def _claim(
-        self, draft: RecordDraft, entries: tuple[FileEntry, ...], publish_id: str, version: int
+        self,
+        draft: RecordDraft,
+        entries: tuple[FileEntry, ...],
+        publish_id: str,
+        version: int,
+        signer: Signer | None,
     ) -> AdapterRecord:
         """Create the record under the first free number from `version` on: no gap, no second winner.
 
@@ -181,6 +199,8 @@ class Catalog(CatalogView):
                 created_at=_now(),
                 files=entries,
             )
+            if signer is not None:
+                record = signer.sign_record(record)
             key = numbered(versions_prefix(draft.adapter), version)
             if self.storage.write_once(key, record.to_bytes()):
                 return record

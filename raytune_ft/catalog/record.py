@@ -18,7 +18,7 @@ from pydantic import (
 
 from raytune_ft.catalog.layout import numbered, versions_prefix
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import Name
+from raytune_ft.spec.job import NAME, VERSION, Name
 from raytune_ft.storage import join_uri
 
 SCHEMA_VERSION = 1
@@ -28,6 +28,8 @@ FILE_SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
 """None of these runs code when it is loaded; pickles (.bin, .pt, .pkl) do."""
 PUBLISH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE = re.compile(r"[0-9a-f]{128}")
+_REFERENCE = re.compile(f"{NAME.pattern}@{VERSION.pattern}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
 
 
@@ -83,6 +85,23 @@ class BaseModelRef(Entry):
     """Of its weights, so that another base under the same name is told apart."""
 
 
+class Origin(Entry):
+    """The version that another catalog published first, of which this one is a copy."""
+
+    catalog: str
+    """Its uri there."""
+    reference: Annotated[str, _matching(_REFERENCE, "a reference such as summarise@v3")]
+    created_at: UtcTime
+    """When it was published there."""
+
+
+class Signature(Entry):
+    """Who vouches for a record; see `signing`."""
+
+    public_key: Annotated[str, _matching(_SHA256, "an ed25519 public key: 64 of 0-9 and a-f")]
+    value: Annotated[str, _matching(_SIGNATURE, "an ed25519 signature: 128 of 0-9 and a-f")]
+
+
 class RecordDraft(Entry):
     """Where a trained adapter or model came from: all that is known before it is published."""
 
@@ -115,6 +134,8 @@ class RecordDraft(Entry):
     """Reference of the version that training began from, if any."""
     merged_from: tuple[str, ...] = ()
     """References of the versions whose weights were combined, if it was not trained."""
+    origin: Origin | None = None
+    """Where a copy comes from; `parent` and `merged_from` mean that catalog then."""
 
 
 class AdapterRecord(RecordDraft):
@@ -125,6 +146,7 @@ class AdapterRecord(RecordDraft):
     publish_id: Annotated[str, _matching(PUBLISH_ID, "1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'")]
     created_at: UtcTime
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+    signature: Signature | None = None
 
     @model_validator(mode="after")
     def _files_fit_one_folder(self) -> "AdapterRecord":
@@ -214,6 +236,8 @@ def model_card(draft: RecordDraft) -> str:
         "Seed": str(draft.seed),
         "raytune-ft": draft.code_version,
     }
+    if draft.merged_from:
+        facts["Merged from"] = _code(", ".join(draft.merged_from))
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
     table = "\n".join(["| | |", "|---|---|", *lines])
     parts = [f"---\n{front_matter}\n---", f"# {draft.adapter}", table, _scores(draft), _loading(draft)]

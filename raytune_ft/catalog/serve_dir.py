@@ -17,9 +17,10 @@ from typing import Literal
 from pydantic import PositiveInt, ValidationError
 
 from raytune_ft.catalog.aliases import check_alias
-from raytune_ft.catalog.layout import ADAPTERS, BLOBS, PUBLISHES
+from raytune_ft.catalog.layout import ADAPTERS, BLOBS, CACHE, PUBLISHES
 from raytune_ft.catalog.lookup import CatalogView
 from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry
+from raytune_ft.catalog.signing import Trust
 from raytune_ft.errors import CatalogError
 from raytune_ft.spec.job import NAME
 from raytune_ft.storage import Storage, disk_errors, join_uri
@@ -58,7 +59,9 @@ class ServeDirResult:
     """What could not be brought in step, and stands as it was."""
 
 
-def update_serve_dir(catalog: CatalogView, alias: str, to: Storage) -> ServeDirResult:
+def update_serve_dir(
+    catalog: CatalogView, alias: str, to: Storage, *, trust: Trust = Trust()
+) -> ServeDirResult:
     """Bring a folder in step with an alias. One call at a time for each folder.
 
     An adapter with a problem keeps what stands there; the others are brought in step all the same.
@@ -67,6 +70,7 @@ def update_serve_dir(catalog: CatalogView, alias: str, to: Storage) -> ServeDirR
         catalog: whose adapters.
         alias: which version of each; adapters without it are not served.
         to: the flat folder.
+        trust: what is asked of a version's signature; one that is refused is a problem of its adapter.
 
     Raises:
         CatalogError: no alias may be called so, the catalog is empty, or the folder is the catalog's own.
@@ -88,7 +92,8 @@ def update_serve_dir(catalog: CatalogView, alias: str, to: Storage) -> ServeDirR
             if entry is None:
                 continue
             wanted.add(adapter)
-            record = catalog.read(adapter, entry.version)
+            record = catalog.read_living(adapter, entry.version)
+            trust.check(record)
             reason = _unfit(record)
             if reason is not None:
                 wanted.discard(adapter)
@@ -104,7 +109,7 @@ def update_serve_dir(catalog: CatalogView, alias: str, to: Storage) -> ServeDirR
 
 
 def _check_apart(catalog: CatalogView, to: Storage) -> None:
-    for folder in ("", ADAPTERS, BLOBS, PUBLISHES, "runs/"):
+    for folder in ("", ADAPTERS, BLOBS, CACHE, PUBLISHES, "runs/"):
         taken = join_uri(catalog.uri, folder).rstrip("/")
         if to.uri == taken or (folder and to.uri.startswith(f"{taken}/")):
             raise CatalogError(f"{to.uri}: the catalog keeps its own things there; name another folder")

@@ -2,15 +2,17 @@
 
 import hashlib
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from raytune_ft.catalog.layout import ADAPTERS, BLOBS, PUBLISHES, blob_key, numbers, publish_key
-from raytune_ft.catalog.lookup import AliasEntry, CatalogView
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView, Removal
 from raytune_ft.catalog.record import AdapterRecord, FileEntry
+from raytune_ft.catalog.signing import Trust, fingerprint
 from raytune_ft.catalog.weights import LENGTH_BYTES, header_problem, length_problem
 from raytune_ft.errors import CatalogError, StorageMissing
 from raytune_ft.spec.job import NAME, VERSION
@@ -25,9 +27,9 @@ class Verification:
     """What was looked at, and what is wrong."""
 
     versions: int
-    """Records that were read and are sound."""
+    """Records that were read and are sound, those of removed versions too."""
     files: int
-    """Contents that they name, each once however many versions share it."""
+    """Contents that versions name which are not removed, each once however many share it."""
     size_bytes: int
     """Of those contents, as the records say."""
     problems: tuple[str, ...]
@@ -38,9 +40,10 @@ class Verification:
 
 @dataclass
 class _Listed:
-    """What a listing shows of one adapter: numbers of its versions, and of the moves of each alias."""
+    """What a listing shows of one adapter: numbers of its versions, removals, and moves of each alias."""
 
     versions: set[int] = field(default_factory=set)
+    removed: set[int] = field(default_factory=set)
     moves: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
 
@@ -52,13 +55,16 @@ class _Use:
     entry: FileEntry
 
 
-def verify(catalog: CatalogView, reference: str | None = None, *, quick: bool = False) -> Verification:
+def verify(
+    catalog: CatalogView, reference: str | None = None, *, quick: bool = False, trust: Trust = Trust()
+) -> Verification:
     """Check all of a catalog, one adapter with its aliases, or one version.
 
     Args:
         catalog: which.
         reference: `name`, `name@v3` or `name@alias`; None: everything, and what no record names is noted.
         quick: look at the sizes of contents and the headers of weights, not at every byte.
+        trust: what is asked of signatures; a signer that is not trusted is noted where none is required.
 
     Raises:
         CatalogError: the reference means nothing here.
@@ -66,15 +72,18 @@ def verify(catalog: CatalogView, reference: str | None = None, *, quick: bool = 
     """
     problems: list[str] = []
     notes: list[str] = []
+    removed: set[str] = set()
     if reference and "@" in reference:
         records = [catalog.resolve(reference)]
     else:
         if reference and not (NAME.fullmatch(reference) and catalog.newest_version(reference)):
             catalog.resolve(reference)
-        records = _check_records(catalog, _listed(catalog, reference, notes), problems)
+        listed = _listed(catalog, reference, notes)
+        records = _check_records(catalog, listed, problems)
+        removed = {f"{name}@v{number}" for name, of in listed.items() for number in of.removed}
     uses: dict[str, list[_Use]] = defaultdict(list)
     for record in records:
-        for entry in record.files:
+        for entry in () if record.reference in removed else record.files:
             uses[entry.sha256].append(_Use(record.reference, entry))
     damaged = bool(problems)
     with ThreadPoolExecutor(_READERS) as readers:
@@ -85,7 +94,9 @@ def verify(catalog: CatalogView, reference: str | None = None, *, quick: bool = 
         if damaged:
             notes.append("what no record names is not listed while records or aliases have problems")
         else:
-            notes += _orphans(catalog.storage, records, uses)
+            notes += _orphans(catalog.storage, records)
+    problems += _signature_problems(records, trust)
+    notes += _unknown_signers(records, trust)
     size_bytes = sum(of[0].entry.size_bytes for of in uses.values())
     return Verification(len(records), len(uses), size_bytes, tuple(problems), tuple(notes))
 
@@ -98,6 +109,10 @@ def _listed(catalog: CatalogView, adapter: str | None, notes: list[str]) -> dict
         match numbered[0].split("/") if numbered else []:
             case [_, name, "versions", ""] if numbered and NAME.fullmatch(name):
                 adapters[name].versions.add(numbered[1])
+            case [_, name, "removed", ""] if numbered and NAME.fullmatch(name):
+                adapters[name].removed.add(numbered[1])
+            case [_, name, "swept", ""] if numbered and NAME.fullmatch(name):
+                pass  # What it says matters to a restoration alone.
             case [_, name, "aliases", alias, ""] if numbered and _are_names(name, alias):
                 adapters[name].moves[alias].add(numbered[1])
             case _:
@@ -133,7 +148,29 @@ def _check_records(
         place = f"{catalog.uri}: {name}@{alias}: move {number} "
         problem = _move_problem(read, (name, alias, number), adapters[name].versions)
         problems += [place + problem] if problem else []
+    for name, of in adapters.items():
+        problems += _removal_problems(catalog, name, of)
     return [record for record in records if isinstance(record, AdapterRecord)]
+
+
+def _removal_problems(catalog: CatalogView, adapter: str, listed: _Listed) -> Iterator[str]:
+    for version in sorted(listed.removed):
+        found = _attempt(partial(catalog.read_removal, adapter, version))
+        if isinstance(found, str):
+            yield found
+        if version not in listed.versions:
+            yield f"{catalog.uri}: {adapter}: v{version} is removed, and its record is not there"
+    for alias in listed.moves if listed.removed else ():
+        # What cannot be read is a problem already.
+        removal = _attempt(partial(_removal_of, catalog, adapter, alias))
+        if isinstance(removal, Removal):
+            yield f"{catalog.uri}: {adapter}@{alias}: {removal}; restore it or move the alias"
+
+
+def _removal_of(catalog: CatalogView, adapter: str, alias: str) -> Removal | None:
+    # Asked for anew: a listing takes time, and the alias may have moved before the version was removed.
+    _, entry = catalog.newest_alias_entry(adapter, alias)
+    return catalog.read_removal(adapter, entry.version) if entry else None
 
 
 def _move_problem(
@@ -172,6 +209,22 @@ def _gap(place: str, found: set[int]) -> Iterator[str]:
         first = next(at for at, number in enumerate(sorted(found), start=1) if at != number)
         more = f", nor are {missing - 1:,} more" if missing > 1 else ""
         yield f"{place}{first} is not there{more}, and later ones are; the objects were removed or moved"
+
+
+def _signature_problems(records: Iterable[AdapterRecord], trust: Trust) -> Iterator[str]:
+    for record in records:
+        problem = trust.problem(record)
+        if problem is not None:
+            yield f"{record.reference}: {problem}"
+
+
+def _unknown_signers(records: Iterable[AdapterRecord], trust: Trust) -> Iterator[str]:
+    if trust.required:
+        return  # Those are problems.
+    signers = Counter(record.signature.public_key for record in records if record.signature)
+    for public_key, count in signers.items():
+        if public_key not in trust.keys:
+            yield f"{fingerprint(public_key)} signed {count:,} versions and is none of the trusted keys"
 
 
 class _ContentCheck:
@@ -229,9 +282,9 @@ class _ContentCheck:
         return header_problem(header, size_bytes - LENGTH_BYTES - header_bytes)
 
 
-def _orphans(storage: Storage, records: Iterable[AdapterRecord], uses: Mapping[str, object]) -> Iterator[str]:
+def _orphans(storage: Storage, records: Iterable[AdapterRecord]) -> Iterator[str]:
     """What no record names: a crashed publish left it, or one is under way."""
-    named = {blob_key(sha256) for sha256 in uses}
+    named = {blob_key(entry.sha256) for record in records for entry in record.files}
     for found in storage.list(BLOBS):
         if found.key not in named:
             yield f"{join_uri(storage.uri, found.key)}: {found.size_bytes:,} bytes that no record names"

@@ -1,4 +1,7 @@
-"""The commands, and how they end: 0 done, 2 bad input, 3 training failed, 4 storage trouble."""
+"""The commands, and how they end.
+
+0 done, 2 bad input, 3 training failed, 4 storage trouble, 5 published, but a gate refused.
+"""
 
 import json
 import os
@@ -10,9 +13,10 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
+from raytune_ft.catalog.gate import refusal_message
 from raytune_ft.cli.catalog import CatalogOption
 from raytune_ft.cli.catalog import app as catalog_app
-from raytune_ft.errors import RaytuneError, SpecError
+from raytune_ft.errors import GateRefused, RaytuneError, SpecError
 from raytune_ft.spec import JobSpec, read_job
 
 app = typer.Typer(
@@ -75,6 +79,9 @@ def train(
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:
         print_result(Console(), {**result, "catalog": job.publish.catalog, **_report_of(folder)})
+    refused = refusal_message(result, job.publish.catalog)
+    if refused is not None:
+        raise GateRefused(f"{job.name}: {refused}")
 
 
 @app.command()

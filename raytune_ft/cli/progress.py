@@ -14,8 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
-from raytune_ft.evaluate.scores import scale_of
-from raytune_ft.report import duration_text, usage_commands
+from raytune_ft.report import duration_text, outcome_texts, scale_for, usage_commands
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -150,7 +149,7 @@ def print_result(console: Console, result: Mapping[str, Any]) -> None:
         table = Table("", "before", "after", title=None, box=None, pad_edge=False, header_style="dim")
         table.columns[1].justify = table.columns[2].justify = "right"
         for name, value in after.items():
-            scale = scale_of(name)
+            scale = scale_for(name)
             was = scale.text(before[name]) if name in before else "–"
             table.add_row(scale.label, was, f"[bold]{scale.text(value)}[/]")
         console.print()
@@ -159,12 +158,14 @@ def print_result(console: Console, result: Mapping[str, Any]) -> None:
     lines = [
         ("Adapter", f"{result['adapter']} version {result['version']}, {result['uri']}"),
         ("Trained", _trained(result)),
+        *outcome_texts(result).items(),
     ]
     if result.get("report"):
         lines.append(("Report", str(result["report"])))
     lines += [("Use it" if number == 0 else "", line) for number, line in enumerate(usage_commands(result))]
+    width = max(8, *(len(title) for title, _ in lines))
     for title, text in lines:
-        console.print(f"[dim]{title:8}[/] {escape(text)}", soft_wrap=True, highlight=False)
+        console.print(f"[dim]{title:{width}}[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _trained(result: Mapping[str, Any]) -> str:

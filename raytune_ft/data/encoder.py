@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a B1 <s>\n é中 "
+_REMEMBERED_WORDS = 200_000
+"""Words that are not merged anew each time. Text has more than the 10,000 that are remembered by default:
+with these, encoding takes a tenth less, and some 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ class Encoder:
             special_tokens=dict(tokenizer.special_tokens_map),
         )
         return replace(encoder, digest=_digest(encoder))
+
+    def __post_init__(self) -> None:
+        # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
+        resize = getattr(getattr(self.backend, "model", None), "_resize_cache", None)
+        if resize is not None:
+            resize(_REMEMBERED_WORDS)
 
     def __reduce__(self) -> tuple[Callable[[str | None, bytes], "Encoder"], tuple[str | None, bytes]]:
         values = {each.name: getattr(self, each.name) for each in fields(self)}

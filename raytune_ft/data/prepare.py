@@ -1,19 +1,22 @@
 """Before training: which windows a job's data has, and a survey of what stands in them."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 import ray.exceptions
 
 from raytune_ft.data.access import store_at
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, DataCounts, Survey, WindowReport, check_counts
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import decode
+from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.index import divide
 from raytune_ft.data.mixture import SourceShape
@@ -23,9 +26,9 @@ from raytune_ft.data.sources import DataObject, fingerprint, list_objects
 from raytune_ft.data.stream import cluster_task_cpus, ray_reason, stream_windows
 from raytune_ft.data.template import AUTO, check_template
 from raytune_ft.data.windows import WINDOW_BYTES, Window
-from raytune_ft.errors import RaytuneError, TrainingError
+from raytune_ft.errors import DataError, RaytuneError, TrainingError
 from raytune_ft.models import load_tokenizer
-from raytune_ft.spec import JobSpec
+from raytune_ft.spec import DataSpec, JobSpec, SourceSpec, SplitSpec
 from raytune_ft.storage import disk_errors, join_uri
 
 if TYPE_CHECKING:
@@ -113,8 +116,7 @@ def prepare(
     for source in job.data.sources:
         check_template(source.template, encoder)
     objects = tuple(list_objects(job.data))
-    cache_uri = join_uri(job.publish.catalog.rstrip("/"), "cache") if cache else None
-    reader = WindowReader(objects, job.data, encoder, cache_uri)
+    reader = WindowReader(objects, job.data, encoder, _cache_uri(job) if cache else None)
     windows = divide_all(reader)
     contents, reports = _read(windows, surveyed(windows, job.data.seed), reader)
     survey = Survey(windows, reports)
@@ -135,10 +137,121 @@ def prepare(
             source.train if survey.complete else max(1, source.train) for source in counts.sources
         ),
         bad=bad,
-        end_ids=tuple(sorted(set().union(*(report.end_ids for report in reports.values())))),
+        end_ids=_end_ids(reports),
         templates=tuple(_template(survey.read(source)) for source in range(len(job.data.sources))),
         reader=reader,
     )
+
+
+@dataclass(frozen=True)
+class OtherTasks:
+    """The examples of `evaluate.forgetting`."""
+
+    examples: pa.Table
+    """Of `raytune_ft.data.examples.SCHEMA`; all are called train, since nothing is split off."""
+    fingerprint: str
+    """As that of a job's data."""
+    end_ids: tuple[int, ...]
+    """Tokens that their answers end with."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the record says of them."""
+        return {"fingerprint": self.fingerprint, "examples": len(self.examples)}
+
+
+def list_other_tasks(job: JobSpec) -> list[DataObject]:
+    """The objects of `evaluate.forgetting`; none where it is not asked for.
+
+    Raises:
+        DataError: a source names nothing.
+        StorageError: the store cannot be read.
+    """
+    with _places_of_other_tasks():
+        return [] if job.evaluate.forgetting is None else list_objects(_as_data(job))
+
+
+def read_other_tasks(
+    job: JobSpec, *, tokenizer: "PreTrainedTokenizerBase", cache: bool = True
+) -> OtherTasks | None:
+    """Read the examples of `evaluate.forgetting` as the job's own are read; None where it is not asked for.
+
+    There are at most `evaluate.forgetting.max_examples` of them, evenly over what was read, so that each
+    source has its share. They do not depend on `data.seed`: versions that differ in it are compared on the
+    same. Ray must be initialised.
+
+    Args:
+        job: the job.
+        tokenizer: the base's.
+        cache: keep tokenised windows beside the catalog, and take them from there.
+
+    Raises:
+        DataError: a source is missing, empty or unreadable, too many records are malformed, or no example
+            is left.
+        StorageError: the store failed.
+        TrainingError: Ray lost the tasks.
+    """
+    if job.evaluate.forgetting is None:
+        return None
+    data, encoder = _as_data(job), Encoder.of(tokenizer)
+    with _places_of_other_tasks():
+        for source in data.sources:
+            check_template(source.template, encoder)
+        objects = tuple(list_objects(data))
+        reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None)
+        windows = divide_all(reader)
+        chosen = surveyed(windows, seed=0)
+        found = [decode(content) for _, content in stream_windows([windows[at] for at in chosen], reader)]
+        reports = {number: window.report for number, window in zip(chosen, found, strict=True)}
+        survey = Survey(windows, reports)
+        examples = pa.concat_tables([SCHEMA.empty_table(), *(window.table for window in found)])
+        if len(examples) or not any(window.report.counts.dropped for window in found):
+            check_counts(survey, data, None)
+    if not len(examples):
+        raise DataError(
+            f"evaluate.forgetting: no example is left{survey.extent()}: the longest has "
+            f"{max(window.report.longest for window in found)} tokens, and data.max_tokens is "
+            f"{data.max_tokens}; raise it, or give other data"
+        )
+    return OtherTasks(
+        examples=examples.take(spread(len(examples), job.evaluate.forgetting.max_examples)),
+        fingerprint=fingerprint(objects),
+        end_ids=_end_ids(reports),
+    )
+
+
+def _as_data(job: JobSpec) -> DataSpec:
+    """The sources of `evaluate.forgetting` as a data section of which nothing is split off."""
+    forgetting = job.evaluate.forgetting
+    sources = () if forgetting is None else forgetting.sources
+    own = {
+        "sources": tuple(SourceSpec(**dict(source)) for source in sources),
+        "split": SplitSpec(validation=0.0, test=0.0),
+    }
+    return job.data.model_copy(update=own)
+
+
+@contextmanager
+def _places_of_other_tasks() -> Iterator[None]:
+    """Messages name the sources of `data`, which these stand in for."""
+    try:
+        yield
+    except DataError as error:
+        message = re.sub(r"\Adata(?=[.:])", "evaluate.forgetting", str(error))
+        raise DataError(message) from None
+
+
+def _cache_uri(job: JobSpec) -> str:
+    return join_uri(job.publish.catalog.rstrip("/"), "cache")
+
+
+def _end_ids(reports: Mapping[int, WindowReport]) -> tuple[int, ...]:
+    return tuple(sorted(set().union(*(report.end_ids for report in reports.values()))))
+
+
+def spread(size: int, limit: int) -> list[int]:
+    """At most `limit` numbers below `size`, evenly over them."""
+    return list(range(size)) if size <= limit else [at * size // limit for at in range(limit)]
 
 
 def surveyed(windows: Sequence[Window], seed: int) -> list[int]:

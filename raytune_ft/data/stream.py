@@ -112,22 +112,25 @@ def _groups(windows: Sequence[Window]) -> tuple[range, ...]:
 def _read_windows(
     batch: dict[str, Any], windows: Sequence[Window], groups: Sequence[range], reader: WindowReader
 ) -> Iterator[pa.Table]:
-    """A task of the stream: a row for each of its windows."""
+    """A task of the stream: a row for each of its windows, up to one that cannot be read.
+
+    It yields, since Ray hides what an ordinary function raises.
+    """
     # A task has one CPU; the tokenizer would start a thread for each of the machine's.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for place in (place for group in batch["id"].tolist() for place in groups[group]):
-        # Records hold no cycles: the collector would go through them again and again, and find nothing.
-        gc.disable()
-        try:
-            row = {"window": place, "content": reader.read(windows[place]), "failure": None}
-        except RaytuneError as error:
-            # As a row, since an exception inside Ray is printed with its traceback and tried again.
-            row = {"window": place, "content": b"", "failure": pickle.dumps(error)}
-        finally:
-            gc.enable()
-        yield pa.Table.from_pylist([row], schema=_ROW)
-        if row["failure"] is not None:
-            return
+    rows: list[dict[str, Any]] = []
+    # Records hold no cycles: the collector would go through them again and again, and find nothing.
+    gc.disable()
+    try:
+        for place in (place for group in batch["id"].tolist() for place in groups[group]):
+            rows.append({"window": place, "content": reader.read(windows[place]), "failure": None})
+    except RaytuneError as error:
+        # As a row, since an exception inside Ray is printed with its traceback and tried again.
+        rows.append({"window": place, "content": b"", "failure": pickle.dumps(error)})
+    finally:
+        gc.enable()
+    # One block: each costs the process that runs the execution as much as placing a few steps does.
+    yield pa.Table.from_pylist(rows, schema=_ROW)
 
 
 def ray_reason(error: Exception) -> str:

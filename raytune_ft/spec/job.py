@@ -4,12 +4,16 @@ A value that is derived from others is a function or a property, so that the res
 beside an adapter says exactly what its author wrote, plus the defaults.
 """
 
+import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,6 +32,9 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 VERSION = re.compile(r"v([0-9]+)")
 """How a reference names a version: `summarise@v3`. No alias may look like it."""
 
+BOUND = re.compile(r"(>=|<=|>|<)[ ]*([+-]?(?:[0-9]+[.]?[0-9]*|[.][0-9]+)(?:[eE][+-]?[0-9]+)?)")
+"""What a gate asks of a score: `>= 0.8`."""
+
 SUPPORTED_SCHEMES = ("file", "s3")
 
 
@@ -41,6 +48,23 @@ def _check_alias(alias: str) -> str:
     if VERSION.fullmatch(alias):
         raise ValueError("means a version; use a word such as candidate")
     return alias
+
+
+def _check_gate(gate: Any) -> Any:
+    """All at once, and by hand, so that a message names the score that has the bad bound."""
+    if gate is None:
+        return None
+    if not isinstance(gate, dict) or not gate:
+        raise ValueError("must be a mapping with at least one bound, such as {exact_match: '>= 0.8'}")
+    bad = [f"{name} = {bound!r:.60}" for name, bound in gate.items() if not _is_bound(bound)]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: must be >=, <=, > or < and a number, in quotes: '>= 0.8'")
+    return gate
+
+
+def _is_bound(bound: Any) -> bool:
+    found = BOUND.fullmatch(bound) if isinstance(bound, str) else None
+    return found is not None and math.isfinite(float(found[2]))
 
 
 def _check_location(uri: str) -> str:
@@ -99,7 +123,9 @@ class FieldsSpec(Section):
     text: str | None = None
 
 
-class SourceSpec(Section):
+class RecordsSpec(Section):
+    """Where records stand, and how they are read."""
+
     uri: Location
     """A file, a folder or a glob such as `s3://datasets/tasks/*.json`."""
     template: str = "auto"
@@ -108,6 +134,9 @@ class SourceSpec(Section):
     format: Literal["auto", "jsonl", "json", "natural-instructions", "csv", "parquet", "arrow"] = "auto"
     """`auto` finds it by content."""
     fields: FieldsSpec = FieldsSpec()
+
+
+class SourceSpec(RecordsSpec):
     weight: PositiveFloat = 1.0
     """Each epoch takes `weight` × the source's examples: 0.5 half of them, 2.0 each of them twice."""
 
@@ -238,6 +267,27 @@ class CheckpointSpec(Section):
 
 Metric = Literal["exact_match", "rouge", "bleu", "chrf"]
 
+SCORES: Mapping[Metric, tuple[str, ...]] = MappingProxyType(
+    {
+        "exact_match": ("exact_match",),
+        "rouge": ("rouge1", "rouge2", "rougeL"),
+        "bleu": ("bleu",),
+        "chrf": ("chrf",),
+    }
+)
+"""The scores that each metric gives."""
+
+TOKEN_LOSS = "token_loss"  # noqa: S105  a score, no secret
+FORGETTING = "forgetting"
+OTHER_TASKS = "other_tasks/"
+"""Begins the names of the scores that are measured for `evaluate.forgetting`."""
+
+
+class ForgettingSpec(Section):
+    sources: Annotated[tuple[RecordsSpec, ...], Field(min_length=1)]
+    """Examples of tasks that are not trained on. None is trained on, whatever `data.split` says."""
+    max_examples: PositiveInt = 200
+
 
 class EvaluateSpec(Section):
     metrics: tuple[Metric, ...] = ("exact_match", "rouge", "bleu")
@@ -246,6 +296,8 @@ class EvaluateSpec(Section):
     max_new_tokens: PositiveInt = 32
     batch_sequences: PositiveInt = 32
     """Prompts that are answered at once."""
+    forgetting: ForgettingSpec | None = None
+    """Measure how much worse the model becomes at other tasks; null: do not."""
 
 
 class PublishSpec(Section):
@@ -254,6 +306,16 @@ class PublishSpec(Section):
     """Name in the catalog; the job's name where not given."""
     alias: Annotated[Name, AfterValidator(_check_alias)] | None = "candidate"
     """Alias that moves to the new version; null: none."""
+    sign: bool = False
+    """Sign the record with the ed25519 key that `RAYTUNE_SIGNING_KEY` holds on the driver and the workers."""
+    gate: Annotated[dict[str, str] | None, BeforeValidator(_check_gate)] = None
+    """What the scores must be for the alias to move, such as `{exact_match: ">= 0.8"}`; null: anything."""
+
+    @model_validator(mode="after")
+    def _gate_has_an_alias(self) -> "PublishSpec":
+        if self.gate is not None and self.alias is None:
+            raise ValueError("gate holds back an alias, and alias is null; name one, or remove gate")
+        return self
 
 
 class JobSpec(Section):
@@ -273,6 +335,15 @@ class JobSpec(Section):
     def adapter_name(self) -> str:
         """Name under which the result stands in the catalog."""
         return self.publish.adapter or self.name
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of all that is measured of the trained model, as a gate may ask for them."""
+        scores = (*(name for metric in self.evaluate.metrics for name in SCORES[metric]), TOKEN_LOSS)
+        own = scores if self.evaluate.metrics and self.data.split.test else ()
+        if self.evaluate.forgetting is None:
+            return own
+        return (*own, *(OTHER_TASKS + name for name in scores), FORGETTING)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "JobSpec":
@@ -294,6 +365,18 @@ class JobSpec(Section):
                 "data.mixture.stop = steps never ends an epoch; set schedule.steps, or choose another stop"
             )
         return self
+
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> "JobSpec":
+        unknown = [name for name in self.publish.gate or () if name not in self.measured]
+        if not unknown:
+            return self
+        measured = ", ".join(self.measured) or "nothing"
+        others = unknown[0] == FORGETTING or unknown[0].startswith(OTHER_TASKS)
+        remedy = "set evaluate.forgetting" if others else "see evaluate.metrics and data.split.test"
+        raise ValueError(
+            f"publish.gate.{unknown[0]:.60}: is not measured by this job; it measures {measured}; {remedy}"
+        )
 
     def resolved(self) -> dict[str, Any]:
         """The job with all defaults, as plain JSON values."""

@@ -18,7 +18,12 @@ from raytune_ft.errors import SpecError
 from raytune_ft.spec.job import JobSpec
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_URI_PLACES = (("model", "path"), ("data", "sources", "*", "uri"), ("publish", "catalog"))
+_URI_PLACES = (
+    ("model", "path"),
+    ("data", "sources", "*", "uri"),
+    ("evaluate", "forgetting", "sources", "*", "uri"),
+    ("publish", "catalog"),
+)
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:

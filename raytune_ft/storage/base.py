@@ -27,6 +27,9 @@ class ObjectInfo:
     size_bytes: int
     etag: str
     """Changes when the content does. Opaque."""
+    modified_at: float
+    """When it was written last, in seconds since the epoch (UTC), by the store's own clock. A bucket gives
+    whole seconds, and for an upload in parts perhaps the time at which that began."""
 
 
 class Storage(Protocol):
@@ -81,7 +84,7 @@ class Storage(Protocol):
         """
 
     def info(self, key: str) -> ObjectInfo | None:
-        """Size and etag of an object, or None where there is none."""
+        """Size, etag and time of an object, or None where there is none."""
 
     def write(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a local file's content. Readers see what was there before, or all of the new."""

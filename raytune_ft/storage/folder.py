@@ -279,7 +279,8 @@ def _fill(stream: BinaryIO, data: bytes | Path) -> None:
 
 
 def _describe(key: str, status: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+    etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+    return ObjectInfo(key, status.st_size, etag, status.st_mtime)
 
 
 def _make_folders(folder: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -93,7 +93,7 @@ class S3Storage:
             head = self._request("head_object", key)
         except NoObject:
             return None
-        return ObjectInfo(key, head["ContentLength"], head["ETag"].strip('"'))
+        return _describe(key, head["ContentLength"], head)
 
     def write(self, key: str, data: bytes | Path) -> None:
         """See Storage."""
@@ -151,7 +151,7 @@ class S3Storage:
                     raise StorageError(
                         f"{self.uri}: the object name {key!r} {key_problem(key)}; rename or remove it"
                     )
-                yield ObjectInfo(key, entry["Size"], entry["ETag"].strip('"'))
+                yield _describe(key, entry["Size"], entry)
             if not page["IsTruncated"]:
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
@@ -197,6 +197,12 @@ class S3Storage:
             if self._client is None or self._client_pid != os.getpid():
                 self._client, self._client_pid = connect(), os.getpid()
             return self._client
+
+
+def _describe(key: str, size_bytes: int, told: Mapping[str, Any]) -> ObjectInfo:
+    # A listing may tell fractions of a second, a header cannot: one object has one time.
+    modified_at = float(int(told["LastModified"].timestamp()))
+    return ObjectInfo(key, size_bytes, told["ETag"].strip('"'), modified_at)
 
 
 class _ResumingBody(io.RawIOBase):

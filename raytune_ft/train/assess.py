@@ -1,7 +1,7 @@
-"""What the model can do on the test split: its loss there, its answers, and their scores."""
+"""What the model can do on the test split, and on other tasks: its loss there, its answers, their scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from raytune_ft.errors import Diverged
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.evaluate.scores import score
 from raytune_ft.spec import EvaluateSpec
+from raytune_ft.spec.job import OTHER_TASKS, TOKEN_LOSS
 from raytune_ft.train.batch import Layout, Tokens
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.examples import Examples
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assessment:
-    """Scores on the test split, and the answers they were given for."""
+    """Scores of examples, and the answers they were given for."""
 
     scores: dict[str, float]
+    """By name; see `raytune_ft.evaluate.scores`. `token_loss`: mean loss per learned token."""
     answers: list[str]
 
 
@@ -36,17 +38,19 @@ def assess(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     engine: Engine,
-    test: Examples,
+    examples: Examples,
     layout: Layout,
     spec: EvaluateSpec,
     end_ids: Sequence[int],
+    *,
+    of: str,
 ) -> Assessment:
-    """Assess the model as it is.
+    """Assess the model as it is on at most `spec.max_examples` examples; `of` names them in messages.
 
     Raises:
         Diverged: a score is not finite.
     """
-    questions = test.questions(spec.max_examples)
+    questions = examples.questions(spec.max_examples) if spec.metrics else []
     answers = answer(
         model,
         tokenizer,
@@ -58,11 +62,23 @@ def assess(
     scores = (
         score(spec.metrics, answers, [question.references for question in questions]) if questions else {}
     )
-    loss = split_loss(engine, test.sample(spec.max_examples), layout, spec.batch_sequences)
-    scores["token_loss"] = loss
+    loss = split_loss(engine, examples.sample(spec.max_examples), layout, spec.batch_sequences)
+    scores[TOKEN_LOSS] = loss
     for name, value in scores.items():
         if not math.isfinite(value):
-            raise Diverged(
-                f"{name} on the test split is {value}: the last steps blew the weights up; {REMEDY}"
-            )
+            raise Diverged(f"{name} on the {of} is {value}: the last steps blew the weights up; {REMEDY}")
     return Assessment(scores, answers)
+
+
+def forgetting(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> float | None:
+    """How much worse the model became at other tasks; None where that was not measured.
+
+    The rise of the mean loss per learned token: what Chaudhry et al. 2018 call the forgetting of a
+    task, and Lopez-Paz & Ranzato 2017 the negative of backward transfer, with the negative loss for their
+    accuracy and the base as the only earlier model. The loss always has something to lose, while a base
+    that answers nothing exactly right would seem to forget nothing, whatever becomes of it.
+    """
+    name = OTHER_TASKS + TOKEN_LOSS
+    if not before or not after or name not in before or name not in after:
+        return None
+    return after[name] - before[name]

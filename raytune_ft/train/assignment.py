@@ -12,6 +12,7 @@ import ray.exceptions
 
 from raytune_ft.data.counts import DataCounts
 from raytune_ft.data.order import Course
+from raytune_ft.data.prepare import OtherTasks
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError
@@ -37,6 +38,8 @@ class TrainingData:
     """Of what was surveyed; estimated for the rest."""
     described: dict[str, Any]
     """What the record says of the data: fingerprint, templates, tokens that answers end with."""
+    others: OtherTasks | None = None
+    """What the job must not forget."""
 
 
 @dataclass(frozen=True)

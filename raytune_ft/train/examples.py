@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raytune_ft.data.prepare import spread
 from raytune_ft.data.tokenise import answer_start
 from raytune_ft.train.batch import Tokens
 
@@ -39,8 +40,7 @@ class Examples:
 
     def spread(self, limit: int) -> list[int]:
         """At most `limit` example numbers, evenly over the split, so that each source has its share."""
-        size = len(self)
-        return list(range(size)) if size <= limit else [at * size // limit for at in range(limit)]
+        return spread(len(self), limit)
 
     def sample(self, limit: int) -> list[Tokens]:
         """At most `limit` examples, evenly over the split."""

@@ -21,10 +21,17 @@ import ray.train
 from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raytune_ft.catalog import Catalog
+from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.order import plan_course
-from raytune_ft.data.prepare import PreparedData, prepare, write_quarantine
+from raytune_ft.data.prepare import (
+    OtherTasks,
+    PreparedData,
+    list_other_tasks,
+    prepare,
+    read_other_tasks,
+    write_quarantine,
+)
 from raytune_ft.data.sources import fingerprint, list_objects
 from raytune_ft.errors import RaytuneError, SpecError, TrainingError
 from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
@@ -64,7 +71,9 @@ def train(
         on_event: hears of every phase and step while the run goes on.
 
     Returns:
-        The result: adapter, version, uri, steps, loss, scores, speed, memory and seconds.
+        The result: adapter, version, uri, steps, loss, scores, speed, memory and seconds; `forgetting` where
+        it was measured, and `gate` where the job has one: a gate that refused is no error here, since the
+        version is published.
 
     Raises:
         BadInput: found before any training.
@@ -74,8 +83,10 @@ def train(
     began = time.perf_counter()
     check_max_tokens(job, read_facts(model_folder(job.model.path, weights=False)))
     Catalog.at(job.publish.catalog).check()
+    if job.publish.sign:
+        Signer.from_environment()
     base = base_identity(job.model.path)
-    inputs = digest([fingerprint(list_objects(job.data)), base])
+    inputs = digest([fingerprint(list_objects(job.data)), base, *_of_others(job)])
     run = Run(job)
     if restart:
         run.clear()
@@ -90,8 +101,11 @@ def train(
             placement = place(job.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             on_event({"phase": "data"})
             data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
+            others = read_other_tasks(job, tokenizer=tokenizer.result(), cache=cache)
             state = run.begin(data.fingerprint, base)
-            assignment = Assignment(job, state, _training_data(job, data), uuid.uuid4().hex, placement)
+            assignment = Assignment(
+                job, state, _training_data(job, data, others), uuid.uuid4().hex, placement
+            )
             on_event({"phase": "start"})
             outcome = _run_workers(assignment, run, output, on_event)
     result = {**outcome.result, "seconds": time.perf_counter() - began}
@@ -100,6 +114,12 @@ def train(
     _keep(assignment, result, outcome, output)
     run.finish(result, inputs)
     return result
+
+
+def _of_others(job: JobSpec) -> list[str]:
+    """What stands for the examples of `evaluate.forgetting` among the inputs of a job that has some."""
+    objects = list_other_tasks(job)
+    return [fingerprint(objects)] if objects else []
 
 
 def _prepare_output(job: JobSpec, output: Path) -> None:
@@ -154,7 +174,7 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _training_data(job: JobSpec, data: PreparedData) -> TrainingData:
+def _training_data(job: JobSpec, data: PreparedData, others: OtherTasks | None) -> TrainingData:
     course = plan_course(
         data.shapes,
         job.data,
@@ -175,7 +195,9 @@ def _training_data(job: JobSpec, data: PreparedData) -> TrainingData:
             "templates": data.templates,
             "end_ids": data.end_ids,
             "task_epochs": course.task_epochs,
+            **({"other_tasks": others.described} if others else {}),
         },
+        others=others,
     )
 
 

@@ -1,43 +1,32 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
 import json
-import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from raytune_ft import __version__
-from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, model_card
+from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer, model_card
+from raytune_ft.catalog.gate import refusals
 from raytune_ft.catalog.record import FILE_SUFFIXES
 from raytune_ft.methods import METHODS, saving
+from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import JobSpec
+from raytune_ft.train.assess import forgetting
 from raytune_ft.train.checkpoint import Position
-from raytune_ft.train.run import RunState
+from raytune_ft.train.run import RunState, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LIBRARIES = ("ray", "torch", "transformers", "peft", "bitsandbytes", "numpy", "pyarrow")
 
+def signer_of(job: JobSpec) -> Signer | None:
+    """Who signs the result, where the job asks for it.
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that the result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def machine() -> dict[str, str]:
-    """What the result was computed on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return {"system": f"{platform.system()} {platform.machine()}", "device": device}
+    Raises:
+        BadInput: the environment of this process holds no key to sign with.
+    """
+    return Signer.from_environment() if job.publish.sign else None
 
 
 def publish(
@@ -48,13 +37,17 @@ def publish(
     scores_after: dict[str, float] | None,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
+    signer: Signer | None,
 ) -> AdapterRecord:
     """Publish the trained model as the next version; a retry of the same attempt finds its own version.
+
+    No alias moves; see `move_alias`.
 
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
     """
     method = METHODS[type(job.method)]
+    scores_before = position.before["scores"] if position.before else None
     draft = RecordDraft(
         adapter=job.adapter_name,
         kind=method.artifact,
@@ -70,8 +63,9 @@ def publish(
         code_version=__version__,
         library_versions=library_versions(),
         machine=machine(),
-        scores_before=position.before["scores"] if position.before else None,
+        scores_before=scores_before,
         scores_after=scores_after,
+        forgetting=forgetting(scores_before, scores_after),
         parent=None,
     )
     with tempfile.TemporaryDirectory() as name:
@@ -86,8 +80,36 @@ def publish(
         written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
         files = {file.relative_to(folder).as_posix(): file for file in written}
         catalog = Catalog.at(job.publish.catalog)
-        record = catalog.publish(draft, files, publish_id=state.publish_id(job))
-    if job.publish.alias:
+        return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
+
+
+def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any]) -> str:
+    # Asked about other examples of other tasks, the same weights are another version: it has other scores.
+    others = data.get("other_tasks")
+    return f"{state.publish_id(job)}-{digest(others)[:12]}" if others else state.publish_id(job)
+
+
+def move_alias(job: JobSpec, record: AdapterRecord) -> dict[str, Any] | None:
+    """Let the job's alias mean a version, if it has an alias and its gate does not refuse.
+
+    Returns:
+        What the gate said: `alias`, whether it `passed`, the reasons why it `refused`, and the
+        `alias_version` that the alias means now, None for none. None where the job has no gate.
+
+    Raises:
+        StorageError: the catalog cannot be read or written; the same call completes it.
+    """
+    alias, gate = job.publish.alias, job.publish.gate
+    if alias is None:
+        return None
+    catalog = Catalog.at(job.publish.catalog)
+    refused = refusals(gate or {}, record)
+    if refused:
+        _, entry = catalog.newest_alias_entry(record.adapter, alias)
+    else:
         # A run that was resumed late must not take the alias back from a newer version.
-        catalog.set_alias(record.adapter, job.publish.alias, record.version, forward_only=True)
-    return record
+        entry = catalog.set_alias(record.adapter, alias, record.version, forward_only=True)
+    if gate is None:
+        return None
+    means = None if entry is None else entry.version
+    return {"alias": alias, "passed": not refused, "refused": refused, "alias_version": means}

@@ -1,7 +1,7 @@
 """The worker: one recipe, from a base to a published adapter. Runs inside a Ray Train worker."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,9 @@ from raytune_ft.data.counts import Counts
 from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.errors import DataError, RaytuneError
-from raytune_ft.spec import JobSpec
+from raytune_ft.provenance import library_versions, machine
+from raytune_ft.spec import EvaluateSpec, JobSpec
+from raytune_ft.spec.job import OTHER_TASKS
 from raytune_ft.train.assess import Assessment, assess, split_loss
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData
 from raytune_ft.train.batch import Step
@@ -25,7 +27,7 @@ from raytune_ft.train.feed import open_feed
 from raytune_ft.train.loop import fit
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.progress import EventWriter, recorded_failure
-from raytune_ft.train.publish import library_versions, machine, publish
+from raytune_ft.train.publish import move_alias, publish, signer_of
 from raytune_ft.train.recorder import Recorder
 from raytune_ft.train.schedule import learning_rate
 from raytune_ft.train.steps import Steps, ahead
@@ -50,21 +52,23 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     events = EventWriter(assignment.channel)
     ledger = _ledger(job, data)
     first = peers.rank == 0
-    validation, test = _held_out(data if first else None)
+    # Before any work: the key is in the environment of this node, which the driver cannot see.
+    signer = signer_of(job) if first else None
+    validation, test, others = _held_out(data if first else None)
     if first:
         events.write({"phase": "load"})
 
     def test_now(phase: str) -> Assessment | None:
-        if not first or not job.evaluate.metrics or not len(test):
+        tested = bool(first and job.evaluate.metrics and len(test))
+        if not tested and not len(others):
             return None
         events.write({"phase": phase})
-        end_ids = data.described["end_ids"]
-        return assess(bench.model, bench.tokenizer, bench.engine, test, bench.layout, job.evaluate, end_ids)
+        return _assess(job, data, bench, test if tested else None, others)
 
     with _latest_checkpoint() as checkpoint:
         bench = set_up(assignment, checkpoint, peers)
         position = bench.position
-        how = job.evaluate.model_dump(mode="json")
+        how = {**job.evaluate.model_dump(mode="json"), "other_tasks": _fingerprint(data)}
         # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
         if position.before is None or position.before["how"] != how:
             found = test_now("evaluate before")
@@ -91,17 +95,48 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
         after.scores if after else None,
         bench.model,
         bench.tokenizer,
+        signer,
     )
-    result = _result(job, record, position, bench.engine.peak_memory_bytes(), time.perf_counter() - began)
+    gate = move_alias(job, record)
+    result = _result(
+        job, record, gate, position, bench.engine.peak_memory_bytes(), time.perf_counter() - began
+    )
     samples = _samples(job, test, bench.tokenizer, position.before, after)
     return Outcome(result, position.history, samples, library_versions(), machine(), counts, list(ledger.bad))
 
 
-def _held_out(data: TrainingData | None) -> tuple[Examples, Examples]:
-    """Validation and test examples of the windows that were surveyed."""
+def _held_out(data: TrainingData | None) -> tuple[Examples, Examples, Examples]:
+    """Validation and test examples of the windows that were surveyed, and the examples of other tasks."""
     contents = [content for _, content in sorted(data.contents.items())] if data else []
     tables = [SCHEMA.empty_table(), *(decode(ray.get(content)).table for content in contents)]
-    return Examples(tables, "validation"), Examples(tables, "test")
+    others = data.others.examples if data and data.others else SCHEMA.empty_table()
+    return Examples(tables, "validation"), Examples(tables, "test"), Examples([others], "train")
+
+
+def _fingerprint(data: TrainingData) -> str | None:
+    """Of the examples of other tasks: with other ones, the base is asked anew, and another version made."""
+    return data.others.fingerprint if data.others else None
+
+
+def _assess(
+    job: JobSpec, data: TrainingData, bench: Workbench, test: Examples | None, others: Examples
+) -> Assessment:
+    """Scores on the test split, and those on other tasks beside them; answers of the test split alone."""
+
+    def asked(examples: Examples, spec: EvaluateSpec, end_ids: Sequence[int], of: str) -> Assessment:
+        return assess(
+            bench.model, bench.tokenizer, bench.engine, examples, bench.layout, spec, end_ids, of=of
+        )
+
+    own = Assessment({}, [])
+    if test is not None:
+        own = asked(test, job.evaluate, data.described["end_ids"], "test split")
+    if data.others is None:
+        return own
+    # They were chosen already.
+    all_of_them = job.evaluate.model_copy(update={"max_examples": len(others)})
+    other = asked(others, all_of_them, data.others.end_ids, "other tasks")
+    return replace(own, scores=own.scores | {OTHER_TASKS + name: v for name, v in other.scores.items()})
 
 
 def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
@@ -166,7 +201,12 @@ def _told(ledger: Ledger, events: EventWriter, peers: Peers) -> Iterator[None]:
 
 
 def _result(
-    job: JobSpec, record: AdapterRecord, position: Position, peak_memory_bytes: int, seconds: float
+    job: JobSpec,
+    record: AdapterRecord,
+    gate: dict[str, Any] | None,
+    position: Position,
+    peak_memory_bytes: int,
+    seconds: float,
 ) -> dict[str, Any]:
     training_seconds = sum(entry["seconds"] for entry in position.history)
     return {
@@ -180,6 +220,8 @@ def _result(
         "tokens_per_second": record.tokens / training_seconds if training_seconds else 0.0,
         "peak_memory_bytes": peak_memory_bytes,
         "seconds": seconds,
+        **({} if record.forgetting is None else {"forgetting": record.forgetting}),
+        **({} if gate is None else {"gate": gate}),
     }
 
 
@@ -196,7 +238,8 @@ def _latest_checkpoint() -> Iterator[Path | None]:
 def _samples(
     job: JobSpec, test: Examples, tokenizer: Any, before: dict[str, Any] | None, after: Assessment | None
 ) -> list[dict[str, Any]]:
-    if not before or after is None:
+    # Without metrics no question was asked.
+    if not before or after is None or not job.evaluate.metrics:
         return []
     questions = test.questions(job.evaluate.max_examples)
     return [

@@ -1,4 +1,4 @@
-"""The catalog on a real S3 server, with several at once, and through a bad network."""
+"""The catalog on a real S3 server, and through a bad network. Many publishers: test_catalog_kills.py."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 from faultproxy import Fault, FaultProxy, Request
-from stores import adapter_files, check_race, draft, publish_through_crashes
+from stores import adapter_files, draft
 
 from raytune_ft.catalog import Catalog, verify
 from raytune_ft.errors import CatalogError
 
 pytestmark = pytest.mark.s3
-
-
-def race(uri: str, folder: Path, *, writers: int, each: int) -> dict[str, int]:
-    with ThreadPoolExecutor(writers) as threads:
-        parts = threads.map(
-            lambda w: publish_through_crashes(uri, w, each, folder, "capital"), range(writers)
-        )
-        return {name: version for part in parts for name, version in part.items()}
 
 
 def test_publish_resolve_pull(bucket: str, tmp_path: Path) -> None:
@@ -33,25 +25,6 @@ def test_publish_resolve_pull(bucket: str, tmp_path: Path) -> None:
     assert record.uri(catalog.uri) == f"s3://{bucket}/team/adapters/adapters/capital/versions/9999999998.json"
     catalog.pull("capital", tmp_path / "pulled")
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == b"weights"
-
-
-def test_eight_publishers_at_once_that_die_and_start_over(bucket: str, tmp_path: Path) -> None:
-    published = race(f"s3://{bucket}", tmp_path, writers=8, each=3)
-    assert len(published) == 24
-    check_race(Catalog.at(f"s3://{bucket}"), "capital", published)
-
-
-def test_publishers_behind_a_bad_network(fault_proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
-    chance = random.Random(0)
-
-    def plan(request: Request) -> Fault | None:
-        return chance.choice(list(Fault)) if chance.random() < 0.2 else None
-
-    fault_proxy.plan = plan
-    published = race(f"s3://{bucket}", tmp_path, writers=4, each=3)
-    assert set(fault_proxy.faults) == set(Fault)
-    fault_proxy.plan = lambda _: None
-    check_race(Catalog.at(f"s3://{bucket}"), "capital", published)
 
 
 def test_one_promotion_wins_behind_a_bad_network(

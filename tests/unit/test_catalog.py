@@ -347,7 +347,7 @@ def test_content_that_is_there_is_not_sent_again(catalog: Catalog, files: dict[s
 def test_large_content_is_told_by_its_size(
     catalog: Catalog, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raytune_ft.catalog.publish.READ_BACK_BYTES", len(b"weights") - 1)
+    monkeypatch.setattr("raytune_ft.catalog.contents.READ_BACK_BYTES", len(b"weights") - 1)
     record = catalog.publish(draft(), files, publish_id="run-1")
     weights = next(entry for entry in record.files if entry.name == "adapter_model.safetensors")
     catalog.storage.write(f"blobs/{weights.sha256}", b"wEights")

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from raytune_ft.errors import BadInput, RaytuneError, StorageError, TrainingError
+from raytune_ft.errors import BadInput, GateRefused, RaytuneError, StorageError, TrainingError
 
 MESSAGE = "jobs/x.yaml: model.weight_bits = 5: must be 4, 8, 16 or 32"
-FAMILIES = {BadInput: 2, TrainingError: 3, StorageError: 4}
+FAMILIES = {BadInput: 2, TrainingError: 3, StorageError: 4, GateRefused: 5}
 """Exit code of each family, as the command line documents it."""
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raytune_ft.catalog import (
+    Trust,
     update_serve_dir,
 )
 from raytune_ft.catalog import verify as verify_catalog
@@ -22,6 +23,7 @@ from raytune_ft.cli.catalog.base import (
     print_notes,
     print_problems,
 )
+from raytune_ft.cli.catalog.trust import RequireSignature, TrustedKeys, trust_of
 from raytune_ft.errors import CatalogError
 from raytune_ft.storage import open_storage
 
@@ -31,11 +33,14 @@ def pull(
     reference: Reference,
     catalog: CatalogOption,
     to: Annotated[Path | None, typer.Option(help="New or empty folder; ./NAME where not given.")] = None,
+    require_signature: RequireSignature = False,
+    trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Fetch the files of a version into a folder, each checked against its sha256."""
     folder = to or Path(reference.partition("@")[0])
-    record = open_catalog(catalog).pull(reference, folder)
+    trust = trust_of(require_signature, trusted_keys)
+    record = open_catalog(catalog).pull(reference, folder, trust=trust)
     if as_json:
         print_json({"adapter": record.adapter, "version": record.version, "to": str(folder.absolute())})
     else:
@@ -51,10 +56,13 @@ def verify(
         str | None, typer.Argument(metavar="[NAME[@ALIAS|@vN]]", help="Everything where not given.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and headers, not every byte.")] = False,
+    require_signature: RequireSignature = False,
+    trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
-    """Check records, aliases and contents. Exit code 2 if anything is wrong."""
-    found = verify_catalog(open_catalog(catalog), reference, quick=quick)
+    """Check records, signatures, aliases and contents. Exit code 2 if anything is wrong."""
+    trust = Trust.load(trusted_keys, required=require_signature)
+    found = verify_catalog(open_catalog(catalog), reference, quick=quick, trust=trust)
     if as_json:
         print_json(asdict(found))
     else:
@@ -74,12 +82,15 @@ def serve_dir(
     catalog: CatalogOption,
     alias: Annotated[str, typer.Option(metavar="ALIAS", help="Which version of each adapter.")],
     to: Annotated[str, typer.Option(metavar="URI", help="A folder, file:// or s3:// uri.")],
+    require_signature: RequireSignature = False,
+    trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Keep a flat folder in step with an alias, for Ray Serve LLM, vLLM and LoRAX."""
+    trust = trust_of(require_signature, trusted_keys)
     target = open_storage(to)
     target.check()
-    found = update_serve_dir(open_catalog(catalog), alias, target)
+    found = update_serve_dir(open_catalog(catalog), alias, target, trust=trust)
     if as_json:
         print_json(asdict(found))
     else:

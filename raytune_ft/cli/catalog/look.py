@@ -17,7 +17,9 @@ from raytune_ft.catalog import (
     Change,
     Filter,
     Lineage,
+    Trust,
     compare_records,
+    fingerprint,
     lineage_of,
     list_catalog,
 )
@@ -51,7 +53,7 @@ def list_adapters(
     store = open_catalog(catalog)
     only = Filter(adapter, base, alias, dict(map(_least, min_score)))
     listing = list_catalog(store, only)
-    print_notes(f"left out: {message}" for message in listing.damaged)
+    print_notes((*listing.notes, *(f"left out: {message}" for message in listing.damaged)))
     if as_json:
         print_json([_summary(record, of, catalog) for record, of in listing.rows])
     elif listing.rows:
@@ -69,7 +71,9 @@ def show(reference: Reference, catalog: CatalogOption, as_json: AsJson = False) 
     record = store.resolve(reference)
     aliases = store.aliases(record.adapter)
     if as_json:
-        print_json({**_summary(record, aliases, catalog), **record.model_dump(mode="json")})
+        signer = fingerprint(record.signature.public_key) if record.signature else None
+        told = {"signer": signer, "signature_problem": Trust().problem(record)}
+        print_json({**_summary(record, aliases, catalog), **record.model_dump(mode="json"), **told})
     else:
         Console().print(_facts(record, aliases, catalog))
 
@@ -91,21 +95,14 @@ def diff(old: Reference, new: Reference, catalog: CatalogOption, as_json: AsJson
 
 @app.command()
 def lineage(reference: Reference, catalog: CatalogOption, as_json: AsJson = False) -> None:
-    """Show the versions that training began from, and which aliases meant them when."""
+    """Show the versions that training began from or that were merged, and which aliases meant them when."""
     found = lineage_of(open_catalog(catalog), reference)
     if as_json:
-        chain = [
-            {
-                **_origin(ancestor.record),
-                "reference": ancestor.record.reference,
-                "parent": ancestor.record.parent,
-                "aliases": [asdict(period) for period in ancestor.periods],
-            }
-            for ancestor in found.chain
-        ]
-        print_json({"chain": chain, "broken": found.broken})
+        print_json(_lineage(found))
     else:
-        Console(soft_wrap=True).print(_tree(found))
+        root = Tree(plain(found.chain[0].record.reference))
+        _grow(root, found)
+        Console(soft_wrap=True).print(root)
 
 
 def _summary(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> dict[str, object]:
@@ -155,10 +152,24 @@ def _origin(record: AdapterRecord) -> dict[str, str]:
     }
 
 
-def _tree(found: Lineage) -> Tree:
-    root = branch = Tree(plain(found.chain[0].record.reference))
-    for ancestor in found.chain:
-        if ancestor is not found.chain[0]:
+def _lineage(found: Lineage) -> dict[str, object]:
+    chain = [
+        {
+            **_origin(ancestor.record),
+            "reference": ancestor.record.reference,
+            "parent": ancestor.record.parent,
+            "merged_from": [_lineage(source) for source in ancestor.merged_from],
+            "aliases": [asdict(period) for period in ancestor.periods],
+        }
+        for ancestor in found.chain
+    ]
+    return {"reference": found.reference, "chain": chain, "broken": found.broken}
+
+
+def _grow(branch: Tree, found: Lineage) -> None:
+    """Add what is known of a version, whose name the branch bears, and of its ancestors."""
+    for at, ancestor in enumerate(found.chain):
+        if at:
             branch = branch.add(plain(f"parent: {ancestor.record.reference}"))
         for name, value in _origin(ancestor.record).items():
             branch.add(plain(f"{name.replace('_', ' ')}: {value}"))
@@ -166,9 +177,13 @@ def _tree(found: Lineage) -> Tree:
             until = f"until {period.until}" if period.until else "until now"
             by = f" (moved by {period.moved_by})" if period.moved_by else ""
             branch.add(plain(f"alias {period.alias}: from {period.since} {until}{by}"))
-    if found.broken is not None:
+        for source in ancestor.merged_from:
+            if source.chain:
+                _grow(branch.add(plain(f"merged from: {source.chain[0].record.reference}")), source)
+            else:
+                branch.add(plain(f"merged from: {source.reference}: {source.broken}"))
+    if found.chain and found.broken is not None:
         branch.add(plain(f"parent: {found.chain[-1].record.parent}: {found.broken}"))
-    return root
 
 
 def _table(rows: Iterable[tuple[AdapterRecord, Mapping[str, int]]]) -> Table:
@@ -199,6 +214,9 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
         "loss": "-" if record.loss is None else f"{record.loss:.4f}",
         "scores before": _scores(record.scores_before),
         "scores after": _scores(record.scores_after),
+        "forgetting": "-" if record.forgetting is None else f"{record.forgetting:+.4g}",
+        "signature": _signature(record),
+        "copy of": _copied_from(record),
         "libraries": ", ".join(f"{name} {version}" for name, version in record.library_versions.items()),
         "files": "\n".join(f"{entry.name}  {entry.size_bytes:,} bytes" for entry in record.files),
     }
@@ -206,6 +224,17 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), plain(value))
     return table
+
+
+def _signature(record: AdapterRecord) -> str:
+    if record.signature is None:
+        return "-"
+    return Trust().problem(record) or f"valid, by {fingerprint(record.signature.public_key)}"
+
+
+def _copied_from(record: AdapterRecord) -> str:
+    origin = record.origin
+    return f"{origin.reference} of {origin.catalog}, created {origin.created_at}" if origin else "-"
 
 
 def _aliases(aliases: Mapping[str, int]) -> str:

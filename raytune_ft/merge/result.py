@@ -1,0 +1,130 @@
+"""What the record of a merge says, and publishing it."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from raytune_ft import __version__
+from raytune_ft.catalog import AdapterRecord, Catalog, RecordDraft, check_alias, model_card
+from raytune_ft.catalog.record import FILE_SUFFIXES
+from raytune_ft.errors import CatalogError
+from raytune_ft.provenance import library_versions, machine
+from raytune_ft.spec import JobSpec
+from raytune_ft.spec.job import NAME
+
+
+def check_names(name: str, alias: str | None) -> None:
+    """Refuse names that the catalog would refuse, before any work.
+
+    Raises:
+        CatalogError: says which.
+    """
+    if not NAME.fullmatch(name):
+        raise CatalogError(
+            f"--as {name!r:.100}: must be 1 to 63 of a-z, 0-9 and '-', and begin and end with a letter or "
+            "digit"
+        )
+    if alias is not None:
+        check_alias(alias)
+
+
+def job_of(record: AdapterRecord) -> JobSpec:
+    """The job that made a version.
+
+    Raises:
+        CatalogError: it is not one that this version of raytune-ft reads.
+    """
+    try:
+        return JobSpec.model_validate(record.job)
+    except ValidationError:
+        raise CatalogError(
+            f"{record.reference}: its job was written by another version of raytune-ft; "
+            "merge it with the version that published it"
+        ) from None
+
+
+def draft_of(
+    records: Iterable[AdapterRecord],
+    *,
+    name: str,
+    kind: Literal["adapter", "model"],
+    job: JobSpec,
+    method: dict[str, Any],
+    data: dict[str, Any],
+    seed: int,
+) -> RecordDraft:
+    """A record that claims no training and no scores: nothing was trained or measured since the merge."""
+    first, *others = records
+    return RecordDraft(
+        adapter=name,
+        kind=kind,
+        base=first.base,
+        method=method,
+        job=job.resolved(),
+        data=data,
+        seed=seed,
+        steps=0,
+        tokens=0,
+        learned_tokens=0,
+        loss=None,
+        code_version=__version__,
+        library_versions=library_versions(),
+        machine=machine(),
+        scores_before=None,
+        scores_after=None,
+        merged_from=tuple(record.reference for record in (first, *others)),
+    )
+
+
+def write_card_and_job(draft: RecordDraft, folder: Path) -> None:
+    """README.md and job.json, as beside everything that is published."""
+    (folder / "README.md").write_text(model_card(draft))
+    (folder / "job.json").write_text(json.dumps(draft.job, indent=2) + "\n")
+
+
+def publish_id_for(name: str, how: Mapping[str, Any], records: Iterable[AdapterRecord]) -> str:
+    """The same for each repetition of a merge, another where anything that the result depends on differs."""
+    # A reference alone would not do: a catalog may have been emptied and filled again.
+    of = [
+        [record.reference, record.publish_id, *(entry.sha256 for entry in record.files)] for record in records
+    ]
+    content = json.dumps({"as": name, "how": how, "of": of}, sort_keys=True).encode()
+    return f"merge-{hashlib.sha256(content).hexdigest()[:40]}"
+
+
+def publish_written(
+    catalog: Catalog,
+    draft: RecordDraft,
+    write: Callable[[Path], None],
+    *,
+    publish_id: str,
+    alias: str | None,
+) -> AdapterRecord:
+    """Publish what `write` puts into the folder that it is given, unless that was done before.
+
+    Raises:
+        StorageError: the catalog or the disk cannot be written; nothing of the version is visible.
+    """
+    record = catalog.published(draft.adapter, publish_id)
+    if record is None:
+        with tempfile.TemporaryDirectory(prefix="raytune-ft-") as temporary:
+            folder = Path(temporary)
+            write(folder)
+            # A model that came with code is published without it: a catalog holds nothing that runs.
+            written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
+            files = {file.relative_to(folder).as_posix(): file for file in written}
+            record = catalog.publish(draft, files, publish_id=publish_id)
+    if alias is not None:
+        # The same command may be repeated after somebody has published since.
+        catalog.set_alias(record.adapter, alias, record.version, forward_only=True)
+    return record
+
+
+def short_digest(record: AdapterRecord) -> str:
+    """Beginning of the base's digest, for messages. A record is not trusted to have hex there."""
+    return "".join(filter(str.isalnum, record.base.digest))[:12] + "…"
