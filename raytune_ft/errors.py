@@ -52,6 +52,10 @@ class OutOfMemory(TrainingError):
     """The device's memory does not hold the step."""
 
 
+class RunHeld(TrainingError):
+    """Another driver is at work on the run."""
+
+
 class GateRefused(RaytuneError):
     """A version was published, and its scores do not let its alias move."""
 

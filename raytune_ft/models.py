@@ -4,10 +4,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
@@ -16,8 +19,15 @@ from raytune_ft.storage import local_path, open_storage
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Task = Literal["causal", "seq2seq", "classification"]
+"""What a model does: continue a text, answer a text that an encoder read, or name the class of a text."""
+
+_ANSWERLESS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
+"""How architectures end that give no text. `AutoModelForCausalLM` would take some of them all the same."""
+_CLASSIFIER = "ForSequenceClassification"
 _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
@@ -112,7 +122,7 @@ def read_facts(folder: Path) -> ModelFacts:
     """Dimensions of the model in `folder`.
 
     Raises:
-        ModelError: its config.json is not that of a causal language model.
+        ModelError: its config.json is not that of a language model.
     """
     place = folder / "config.json"
     try:
@@ -156,6 +166,8 @@ def base_digest(folder: Path) -> str:
 def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
     """The base's tokenizer; one without a pad token pads with its EOS, which no label ever learns as padding.
 
+    BERT begins a text with CLS and ends it with SEP, which are a classifier's BOS and EOS.
+
     Raises:
         ModelError: there is none, it needs remote code, or it has no EOS token to learn.
     """
@@ -166,9 +178,14 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(f"model.path = {spec.path}: the tokenizer does not load: {_reason(error)}") from None
+    if spec.labels and tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
+        tokenizer.bos_token = tokenizer.cls_token
     if tokenizer.eos_token_id is None:
+        classifier = tokenizer.sep_token_id is not None and not spec.labels
         raise ModelError(
             f"model.path = {spec.path}: the tokenizer has no EOS token, so no answer could learn to end"
+            + ("; to train a classifier, name its classes in model.labels" if classifier else "")
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -176,22 +193,24 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
     return loaded
 
 
-def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = False) -> "PreTrainedModel":
+def load_base(
+    spec: ModelSpec, *, device: "torch.device | None", dequantised: bool = False
+) -> "PreTrainedModel":
     """The base on `device`, frozen, in eval mode, quantised as the spec says.
 
     Args:
         spec: the model section of the job.
-        device: where it is to be resident.
+        device: where it is to be resident; None where a context around the call says so.
         dequantised: hold a 4-bit base as the plain values of its quantised weights.
 
     Raises:
-        ModelError: the folder is no causal language model.
+        ModelError: the folder is no model of the kind that the job trains.
     """
+    import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from raytune_ft.quantise import compute_dtype, dequantise, keep_weights_trainable, quantisation_config
+    from raytune_ft.quantise import compute_dtype, dequantise, keep_weights_trainable
 
     folder = model_folder(spec.path)
     transformers_logging.disable_progress_bar()
@@ -200,16 +219,22 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
     # It offers optional kernels on every load.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute_dtype(spec),
-            quantization_config=quantisation_config(spec),
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        config: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
+        _check_classes(spec, config)
+        # A classifier's head begins at random: with the same numbers on all workers.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, loading = _auto_model(spec, config).from_pretrained(
+                folder,
+                dtype=compute_dtype(spec),
+                quantization_config=_quantisation(spec, folder, config),
+                device_map=None if device is None else {"": device},
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_classes(spec),
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
     _check_loaded(spec, model, loading)
@@ -223,15 +248,120 @@ def load_base(spec: ModelSpec, *, device: "torch.device", dequantised: bool = Fa
     return loaded
 
 
+def task_of(model: "PreTrainedModel") -> Task:
+    """What a loaded model does."""
+    if model.get_output_embeddings() is None:
+        return "classification"
+    return "seq2seq" if model.config.is_encoder_decoder else "causal"
+
+
+def head_paths(model: "nn.Module") -> list[str]:
+    """Paths of the modules by which a classifier's body becomes a classifier; none of another model.
+
+    They are trained whole, by every method. BERT's pooler is one of them: bases that learned from masked
+    words alone never trained it, or have none.
+    """
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]  # a PreTrainedModel
+        return []
+    body: Any = model.base_model
+    paths = [path for path, child in model.named_children() if child is not body and list(child.parameters())]
+    if getattr(body, "pooler", None) is not None:
+        paths.append(f"{model.base_model_prefix}.pooler")
+    return paths
+
+
+def decoder_start_id(model: "PreTrainedModel") -> int:
+    """The token with which a decoder begins every answer.
+
+    Raises:
+        ModelError: the config does not say.
+    """
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise ModelError(
+            f"{type(model).__name__}: config.json has no decoder_start_token_id, so no answer could begin; "
+            "add it (T5 begins with its pad_token_id)"
+        )
+    return int(start)
+
+
+def question_ids(prompt_ids: Sequence[int] | np.ndarray[Any, Any], eos_id: int) -> np.ndarray[Any, Any]:
+    """What an encoder reads of a prompt: its tokens, and EOS at the end."""
+    ids = np.asarray(prompt_ids, dtype=np.int64)
+    return ids if ids.size and ids[-1] == eos_id else np.append(ids, eos_id)
+
+
+def _auto_model(spec: ModelSpec, config: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    if spec.labels:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+
+
+def _classes(spec: ModelSpec) -> dict[str, Any]:
+    """What the config of a classifier says of its classes."""
+    if not spec.labels:
+        return {}
+    return {
+        "num_labels": len(spec.labels),
+        "id2label": dict(enumerate(spec.labels)),
+        "label2id": {label: at for at, label in enumerate(spec.labels)},
+    }
+
+
+def _check_classes(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Refuse a base that gives no text where text is asked for, and one whose classes are others."""
+    (architecture, *_) = config.get("architectures") or [""]
+    if not spec.labels and architecture.endswith(_ANSWERLESS):
+        raise ModelError(
+            f"model.path = {spec.path}: a {architecture} gives no text; to train a classifier, name its "
+            "classes in model.labels"
+        )
+    own = list((config.get("id2label") or {}).values())
+    named = any(not re.fullmatch(r"LABEL_[0-9]+", name) for name in own)
+    if (
+        named
+        and architecture.endswith(_CLASSIFIER)
+        and len(own) == len(spec.labels)
+        and own != [*spec.labels]
+    ):
+        raise ModelError(
+            f"model.path = {spec.path}: is a classifier with the classes {', '.join(own)}, and model.labels "
+            f"names {', '.join(spec.labels)}; name its own in their order, or take the base it was made of"
+        )
+
+
+def _quantisation(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any | None:
+    """How to quantise; never a classifier's head, which is trained."""
+    import torch
+    from transformers import AutoConfig
+
+    from raytune_ft.quantise import quantisation_config
+
+    settings = quantisation_config(spec)
+    if settings is not None and spec.labels:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            outline = _auto_model(spec, config).from_config(own, trust_remote_code=spec.trust_remote_code)
+        settings.llm_int8_skip_modules = head_paths(outline)
+    return settings
+
+
 def _check_loaded(spec: ModelSpec, model: "PreTrainedModel", loading: Mapping[str, Any]) -> None:
     """Refuse what transformers would fill with random numbers: training would go on from those."""
-    if mismatched := sorted([*loading["mismatched_keys"], *_mismatched_linear(model)]):
+    new = tuple(f"{path}." for path in head_paths(model))
+    if mismatched := sorted(
+        found
+        for found in [*loading["mismatched_keys"], *_mismatched_linear(model)]
+        if not found[0].startswith(new)
+    ):
         name, found, expected = mismatched[0]
         raise ModelError(
             f"model.path = {spec.path}: {len(mismatched)} weights have another shape than config.json says, "
             f"the first {name}: {list(found)}, not {list(expected)}; put the config of these weights back"
         )
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(new)):
         raise ModelError(
             f"model.path = {spec.path}: {len(missing)} weights are missing, the first {missing[0]}; "
             "copy the whole model again"
@@ -242,10 +372,12 @@ def _mismatched_linear(model: "PreTrainedModel") -> Iterator[tuple[str, Sequence
     """Name, found and expected shape of weights that do not fit their layer: nobody checks quantised ones."""
     from torch import nn
 
+    from raytune_ft.quantise import whole_shape
+
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             packed = getattr(module.weight, "quant_state", None)
-            found = tuple(module.weight.shape if packed is None else packed.shape)
+            found = tuple(whole_shape(module.weight) if packed is None else packed.shape)
             if found != (module.out_features, module.in_features):
                 yield f"{name}.weight", found, (module.out_features, module.in_features)
 

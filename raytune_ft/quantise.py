@@ -8,6 +8,11 @@ from torch import nn
 from raytune_ft.spec import ModelSpec
 
 
+def whole_shape(parameter: torch.Tensor) -> list[int]:
+    """Shape of the whole parameter, also where ZeRO-3 left a placeholder."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def compute_dtype(spec: ModelSpec) -> torch.dtype:
     """Type of activations, and of weights that are not quantised."""
     return torch.float32 if spec.weight_bits == 32 else torch.bfloat16

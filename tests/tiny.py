@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CORPUS = "the quick brown fox jumps over the lazy dog 0123456789 Instruction Input Response\n:#.,?!+-*/= "
@@ -75,8 +79,72 @@ def gpt2(vocabulary: int = 320) -> GPT2LMHeadModel:
     ).eval()
 
 
-def save_base(folder: Path, model: PreTrainedModel | None = None, *, pad_token: bool = True) -> Path:
+def wordpiece() -> PreTrainedTokenizerFast:
+    """BERT's kind: lower case, CLS before a text, SEP after it, neither BOS nor EOS."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = sorted({letter for letter in CORPUS.lower() if letter.strip()})
+    words = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    pieces = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    pieces.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def t5(*, dropout: float = 0.0, tied: bool = True, gated: bool = False) -> T5ForConditionalGeneration:
+    """A T5 of about 0.1M parameters: relative positions, an encoder and a decoder of two layers."""
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=320,
+            relative_attention_num_buckets=8,
+            dropout_rate=dropout,
+            feed_forward_proj="gated-gelu" if gated else "relu",
+            tie_word_embeddings=tied,
+            pad_token_id=2,
+            eos_token_id=1,
+            decoder_start_token_id=2,
+        )
+    ).eval()
+
+
+def bert(*, classes: int = 3, dropout: float = 0.0) -> BertForSequenceClassification:
+    """A BERT of about 0.05M parameters: absolute positions, attention to both sides."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            vocab_size=len(wordpiece()),
+            max_position_embeddings=64,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=classes,
+            pad_token_id=0,
+        )
+    ).eval()
+
+
+def save_base(
+    folder: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    pad_token: bool = True,
+    words: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """Write a base model with its tokenizer; returns the folder."""
     (model or llama()).save_pretrained(folder)
-    tokenizer(pad_token=pad_token).save_pretrained(folder)
+    (words or tokenizer(pad_token=pad_token)).save_pretrained(folder)
     return folder

@@ -216,8 +216,13 @@ def _field(content: bytes, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def model_card(draft: RecordDraft) -> str:
-    """README.md of a version: what it is, from what, how good, and how to load it."""
+def model_card(draft: RecordDraft, auto_class: str = "AutoModelForCausalLM") -> str:
+    """README.md of a version: what it is, from what, how good, and how to load it.
+
+    Args:
+        draft: what is known of it.
+        auto_class: the class of transformers that loads it, or its base.
+    """
     header = {
         "base_model": draft.base.path,
         "library_name": "peft" if draft.kind == "adapter" else "transformers",
@@ -240,7 +245,13 @@ def model_card(draft: RecordDraft) -> str:
         facts["Merged from"] = _code(", ".join(draft.merged_from))
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
     table = "\n".join(["| | |", "|---|---|", *lines])
-    parts = [f"---\n{front_matter}\n---", f"# {draft.adapter}", table, _scores(draft), _loading(draft)]
+    parts = [
+        f"---\n{front_matter}\n---",
+        f"# {draft.adapter}",
+        table,
+        _scores(draft),
+        _loading(draft, auto_class),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -261,15 +272,17 @@ def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _loading(draft: RecordDraft) -> str:
+def _loading(draft: RecordDraft, auto_class: str) -> str:
     base, folder = json.dumps(draft.base.path), json.dumps(f"./{draft.adapter}")
-    lines = ["from transformers import AutoModelForCausalLM", ""]
+    lines = [f"from transformers import {auto_class}", ""]
+    labels = (draft.job.get("model") or {}).get("labels") or []
+    classes = f", num_labels={len(labels)}" if labels else ""
     if draft.kind == "adapter":
         lines.insert(0, "from peft import PeftModel")
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({base})"]
+        lines += [f"base = {auto_class}.from_pretrained({base}{classes})"]
         lines += [f"model = PeftModel.from_pretrained(base, {folder})"]
     else:
-        lines += [f"model = AutoModelForCausalLM.from_pretrained({folder})"]
+        lines += [f"model = {auto_class}.from_pretrained({folder})"]
     return "\n".join(["```python", *lines, "```"])
 
 

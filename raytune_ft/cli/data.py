@@ -103,7 +103,7 @@ def _read_all(
     reports: dict[int, WindowReport] = {}
     for number, found in enumerate(list_objects(job.data)):
         for window in divide(found, number, job.data.sources[found.source].format, None):
-            tokenised = tokenise_window(found, window, job.data, encoder)
+            tokenised = tokenise_window(found, window, job.data, encoder, job.model.labels)
             reports[len(windows)] = tokenised.report
             windows.append(window)
             missing = limit - sum(example.source == found.source for example in shown)

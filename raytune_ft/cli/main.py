@@ -104,6 +104,21 @@ def data(
 
 
 @app.command()
+def plan(
+    job_file: JobFile,
+    override: Override = [],  # noqa: B006  typer copies it
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of a worker's device, such as 24GiB.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job needs in bytes for every ZeRO stage and offload, what fits, and what to choose."""
+    from raytune_ft.cli.plan import plan_command
+
+    plan_command(read_job(job_file, override), gpu_memory, as_json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a job file, for editors."""
     print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201  the command's output

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from raytune_ft.data.encoder import Encoder
@@ -60,7 +61,9 @@ class TokenCache:
             _unwritable.add(self._storage.uri)
 
 
-def cache_key(found: DataObject, window: Window, data: DataSpec, encoder: Encoder) -> str | None:
+def cache_key(
+    found: DataObject, window: Window, data: DataSpec, encoder: Encoder, labels: Sequence[str] = ()
+) -> str | None:
     """Key of a window's content, or None where the tokenizer cannot be named."""
     if encoder.digest is None:
         return None
@@ -75,5 +78,6 @@ def cache_key(found: DataObject, window: Window, data: DataSpec, encoder: Encode
         "max_tokens": data.max_tokens,
         "too_long": data.too_long,
         "split": data.split.model_dump(mode="json"),
+        **({"labels": sorted(labels)} if labels else {}),
     }
     return f"tokens/{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()}.arrow"

@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, NO_LEARNED_TOKENS, Counts, WindowReport
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.formats import BadRecord, RawRecord, read_window
-from raytune_ft.data.records import Conversation, Malformed, PlainText, read_record
+from raytune_ft.data.records import Conversation, Malformed, PlainText, check_label, read_record
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.split import split_of
 from raytune_ft.data.template import Segment, concrete_name, render
@@ -50,7 +50,9 @@ class TokenisedWindow:
     report: WindowReport
 
 
-def tokenise_window(found: DataObject, window: Window, data: DataSpec, encoder: Encoder) -> TokenisedWindow:
+def tokenise_window(
+    found: DataObject, window: Window, data: DataSpec, encoder: Encoder, labels: Collection[str] = ()
+) -> TokenisedWindow:
     """Read, render, split and tokenise the records of one window.
 
     Args:
@@ -58,12 +60,13 @@ def tokenise_window(found: DataObject, window: Window, data: DataSpec, encoder: 
         window: which part of it.
         data: the job's data section.
         encoder: the tokenizer's.
+        labels: what completions may be; any text where there are none.
 
     Raises:
         DataError: the window cannot be read as a whole, or its template cannot be used.
         StorageError: the store failed.
     """
-    reading = _Reading(found, data, encoder)
+    reading = _Reading(found, data, encoder, labels)
     records = iter(read_window(found, window))
     while batch := list(islice(records, _RECORDS_PER_BATCH)):
         reading.read(batch)
@@ -137,10 +140,11 @@ def _reports() -> TypeAdapter[WindowReport]:
 class _Reading:
     """The state of reading one window. Examples are kept as flat arrays, which is what Arrow keeps."""
 
-    def __init__(self, found: DataObject, data: DataSpec, encoder: Encoder) -> None:
+    def __init__(self, found: DataObject, data: DataSpec, encoder: Encoder, labels: Collection[str]) -> None:
         self._found = found
         self._data = data
         self._encoder = encoder
+        self._labels = labels
         self._source = data.sources[found.source]
         self._counts = Counts()
         self._bad: list[BadRecord] = []
@@ -203,6 +207,8 @@ class _Reading:
                 continue
             try:
                 record = read_record(raw.value, fields)
+                if self._labels:
+                    check_label(record, self._labels)
                 name = concrete_name(template, record, encoder)
                 segments = render(name, record, encoder)
             except Malformed as error:

@@ -116,7 +116,7 @@ def prepare(
     for source in job.data.sources:
         check_template(source.template, encoder)
     objects = tuple(list_objects(job.data))
-    reader = WindowReader(objects, job.data, encoder, _cache_uri(job) if cache else None)
+    reader = WindowReader(objects, job.data, encoder, _cache_uri(job) if cache else None, job.model.labels)
     windows = divide_all(reader)
     contents, reports = _read(windows, surveyed(windows, job.data.seed), reader)
     survey = Survey(windows, reports)
@@ -198,7 +198,7 @@ def read_other_tasks(
         for source in data.sources:
             check_template(source.template, encoder)
         objects = tuple(list_objects(data))
-        reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None)
+        reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None, job.model.labels)
         windows = divide_all(reader)
         chosen = surveyed(windows, seed=0)
         found = [decode(content) for _, content in stream_windows([windows[at] for at in chosen], reader)]

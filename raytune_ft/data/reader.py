@@ -21,6 +21,8 @@ class WindowReader:
     encoder: Encoder
     cache: str | None
     """Uri of the store that keeps contents; None where nothing is kept."""
+    labels: tuple[str, ...] = ()
+    """The classes that completions may name, see `ModelSpec.labels`."""
 
     def read(self, window: Window) -> bytes:
         """A window's content, see `raytune_ft.data.examples.decode`: from the cache, or made and kept there.
@@ -30,13 +32,13 @@ class WindowReader:
             StorageError: the store failed.
         """
         found = self.objects[window.object]
-        key = None if self.cache is None else cache_key(found, window, self.data, self.encoder)
+        key = None if self.cache is None else cache_key(found, window, self.data, self.encoder, self.labels)
         if self.cache is None or key is None:
-            return encode(tokenise_window(found, window, self.data, self.encoder))
+            return encode(tokenise_window(found, window, self.data, self.encoder, self.labels))
         cache = TokenCache(store_at(self.cache))
         content = cache.get(key)
         if content is None:
-            content = encode(tokenise_window(found, window, self.data, self.encoder))
+            content = encode(tokenise_window(found, window, self.data, self.encoder, self.labels))
             cache.put(key, content)
         return content
 

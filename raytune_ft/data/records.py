@@ -1,7 +1,7 @@
 """From raw records to conversations: which of the usual shapes a record has, and what is wrong with it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -94,6 +94,22 @@ class PlainText:
     def input_text(self) -> str:
         """The text itself decides on the split."""
         return self.text
+
+
+def check_label(record: Conversation | PlainText, labels: Collection[str]) -> None:
+    """Refuse what a classifier cannot learn from.
+
+    Raises:
+        Malformed: the completion is none of the labels, or there is none.
+    """
+    if isinstance(record, PlainText):
+        raise Malformed("the record is raw text; a classifier needs a prompt, and a completion as its label")
+    said = record.turns[-1].text.strip()
+    if said not in labels:
+        raise Malformed(
+            f"the completion '{said:.60}' is none of model.labels ({', '.join(labels):.200}); "
+            "add it there, or correct the record"
+        )
 
 
 def read_record(value: Any, fields: FieldsSpec) -> Conversation | PlainText:

@@ -1,14 +1,16 @@
 """Batched greedy answers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 
+from raytune_ft.models import decoder_start_id, question_ids, task_of
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def stop_token_ids(
@@ -32,43 +34,84 @@ def answer(
 ) -> list[str]:
     """The model's greedy answer to each prompt of token ids, without special tokens, stripped.
 
-    Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length,
-    padded on the left.
+    Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length; those
+    of a causal model are padded on the left. A classifier answers with the likeliest class.
     """
+    model.eval()
+    task = task_of(model)
+    rows: Sequence[Sequence[int]] = prompts
+    if task != "causal":
+        rows = [question_ids(prompt, tokenizer.eos_token_id).tolist() for prompt in prompts]
+    answers = [""] * len(rows)
+
+    def keep(chosen: Sequence[int], texts: Sequence[str]) -> None:
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text.strip()
+
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    if task == "classification":
+        for start in range(0, len(order), batch_sequences):
+            chosen: Sequence[int] = order[start : start + batch_sequences]
+            keep(chosen, _classes(model, _padded(model, tokenizer, [rows[index] for index in chosen])))
+        return answers
+    settings = _greedy(model, tokenizer, end_ids)
+    room = _room(model, rows, max_new_tokens)
+    for chosen, new_tokens in _batches(order, room, batch_sequences):
+        settings.max_new_tokens = new_tokens
+        inputs = _padded(model, tokenizer, [rows[index] for index in chosen])
+        with _no_settings_of_its_own(model):
+            out_BT = model.generate(**inputs, generation_config=settings)
+        # A decoder's answer follows its own first token.
+        given = inputs["input_ids"].shape[1] if task == "causal" else 1
+        keep(chosen, tokenizer.batch_decode(out_BT[:, given:], skip_special_tokens=True))
+    return answers
+
+
+def _greedy(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]
+) -> "GenerationConfig":
     from transformers import GenerationConfig
 
-    model.eval()
-    device = next(model.parameters()).device
-    settings = GenerationConfig(
+    return GenerationConfig(
         do_sample=False,
         eos_token_id=stop_token_ids(model, tokenizer, end_ids),
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=decoder_start_id(model) if task_of(model) == "seq2seq" else None,
     )
-    answers = [""] * len(prompts)
+
+
+def _room(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Callable[[int], int]:
+    """How long the answer to a prompt, named by its place, may become."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return lambda _: max_new_tokens
+    # A decoder of its own begins to count anew; its first token takes a place.
+    taken = [1] * len(prompts) if task_of(model) == "seq2seq" else [len(prompt) for prompt in prompts]
+    return lambda index: max(0, min(max_new_tokens, positions - taken[index]))
 
-    def room(index: int) -> int:
-        left = max_new_tokens if positions is None else positions - len(prompts[index])
-        return max(0, min(max_new_tokens, left))
 
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for chosen, new_tokens in _batches(order, room, batch_sequences):
-        width = max(len(prompts[index]) for index in chosen)
-        ids_BT = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, index in enumerate(chosen):
-            prompt = torch.as_tensor(prompts[index], dtype=torch.long)
-            ids_BT[row, width - len(prompt) :] = prompt
-            mask_BT[row, width - len(prompt) :] = 1
-        settings.max_new_tokens = new_tokens
-        with _no_settings_of_its_own(model):
-            out_BT = model.generate(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings
-            )
-        texts = tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text.strip()
-    return answers
+def _padded(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Tensors of rows: the answer of a causal model follows its row, so padding stands before it."""
+    left = task_of(model) == "causal"
+    width = max(map(len, rows))
+    ids_BT = torch.full((len(rows), width), int(tokenizer.pad_token_id), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for at, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(len(row))
+        ids_BT[at, place] = torch.as_tensor(row, dtype=torch.long)
+        mask_BT[at, place] = 1
+    device = next(model.parameters()).device
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+
+
+def _classes(model: "PreTrainedModel", inputs: Mapping[str, torch.Tensor]) -> list[str]:
+    """The likeliest class of each row."""
+    names: dict[int, str] = model.config.id2label
+    return [names[number] for number in model(**inputs).logits.argmax(dim=1).tolist()]
 
 
 def _batches(

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raytune_ft.errors import StorageError, StorageFull
-from raytune_ft.methods.full import add_full, save_full
+from raytune_ft.methods.full import add_full, save_full, unfreezing_full
 from raytune_ft.methods.lora import add_lora, save_lora
+from raytune_ft.methods.selective import Unfreezing
 from raytune_ft.spec import FullSpec, LoraSpec, Section
 from raytune_ft.storage import disk_errors
 
@@ -28,6 +29,8 @@ class Method:
     save: Callable[[nn.Module, Any, Path, str], None]
     """(model, spec, folder, base path): writes what is published."""
     artifact: Literal["adapter", "model"]
+    unfreezing: Callable[[nn.Module, Any], Unfreezing | None] = lambda *_: None
+    """(model, spec) → from which step on each parameter is trained, after `add`; None: all from the first."""
 
 
 @contextmanager
@@ -50,5 +53,5 @@ def saving(folder: Path) -> Iterator[None]:
 
 METHODS: Mapping[type[Section], Method] = {
     LoraSpec: Method(add=add_lora, save=save_lora, artifact="adapter"),
-    FullSpec: Method(add=add_full, save=save_full, artifact="model"),
+    FullSpec: Method(add=add_full, save=save_full, artifact="model", unfreezing=unfreezing_full),
 }

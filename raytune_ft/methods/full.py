@@ -1,16 +1,47 @@
-"""Training every weight of the base; the result is a model folder."""
+"""Training the weights of the base, all or some of them; the result is a model folder."""
 
 from pathlib import Path
 
 from torch import nn
 
+from raytune_ft.methods.selective import Unfreezing, selected, unfreezing
 from raytune_ft.spec import FullSpec
 
 
 def add_full(model: nn.Module, spec: FullSpec, seed: int) -> dict[str, nn.Parameter]:  # noqa: ARG001  one table, one signature
-    """Unfreeze the base; return its parameters, tied ones once."""
-    model.requires_grad_(True)
-    return dict(model.named_parameters())
+    """Unfreeze what the spec trains; return it by name, tied parameters once.
+
+    Raises:
+        ModelError: the model does not have what `train_only` asks for.
+    """
+    parameters = dict(model.named_parameters())
+    if spec.train_only is not None:
+        names = selected(list(parameters), spec.train_only)
+        kept = {*names, *_new_head(model, parameters)}
+        parameters = {name: p for name, p in parameters.items() if name in kept}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def _new_head(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Weights that no base brings along: a classifier's own, which have learned nothing yet."""
+    if model.get_output_embeddings() is not None:  # type: ignore[operator]  # a PreTrainedModel
+        return []
+    body = {id(parameter) for parameter in model.base_model.parameters()}  # type: ignore[union-attr]
+    return [name for name, parameter in parameters.items() if id(parameter) not in body]
+
+
+def unfreezing_full(model: nn.Module, spec: FullSpec) -> Unfreezing | None:
+    """From which step on the parameters that `add_full` gave are trained; None: all from the first.
+
+    Called after `add_full`.
+    """
+    if spec.unfreeze is None:
+        return None
+    named = dict(model.named_parameters())
+    trained = (name for name, parameter in named.items() if parameter.requires_grad)
+    return unfreezing(list(named), trained, spec.unfreeze.every_steps)
 
 
 def save_full(model: nn.Module, spec: FullSpec, folder: Path, base_path: str) -> None:  # noqa: ARG001

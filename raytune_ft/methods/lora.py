@@ -12,10 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError
+from raytune_ft.models import Task, head_paths, task_of
+from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import LoraSpec
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_TASK_TYPES: Mapping[Task, str] = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+}
+"""What PEFT calls what a model does."""
 
 
 class LoraLinear(nn.Module):
@@ -39,6 +47,12 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter((start * 2 - 1).mul_(bound).to(device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, spec.rank, device=device))
 
+    @property
+    def weight(self) -> Tensor:
+        """That of the frozen layer: T5 asks its layers for their dtype."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]  # a module may have anything
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         y: Tensor = self.base(x)
@@ -60,20 +74,26 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(in, out) features of a linear layer; transformers' Conv1D keeps its weight transposed."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = module.weight.shape  # type: ignore[misc]  # Conv1D: a parameter of two axes
-    return int(rows), int(columns)
+    rows, columns = whole_shape(module.weight)  # type: ignore[arg-type]  # Conv1D: a parameter of two axes
+    return rows, columns
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer but the language-model head, by its dotted path."""
-    from transformers.pytorch_utils import Conv1D
-
+    """Every linear layer but those of the head, by its dotted path."""
     head = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel
+    trained_whole = head_paths(model)
     return {
         path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        for path, module in _all_linear(model).items()
+        if module is not head
+        and not any(path == whole or path.startswith(f"{whole}.") for whole in trained_whole)
     }
+
+
+def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def target_paths(linear: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
@@ -87,7 +107,9 @@ def target_paths(linear: Iterable[str], targets: str | tuple[str, ...]) -> list[
         return paths
     if targets == "attention":
         chosen = [
-            p for p in paths if any("attn" in part or "attention" in part for part in p.split(".")[:-1])
+            p
+            for p in paths
+            if any("attn" in part or "attention" in part for part in p.lower().split(".")[:-1])
         ]
         if not chosen:
             raise ModelError(f"method.targets = attention: no attention layers; {_existing(paths)}")
@@ -124,7 +146,10 @@ def shortest_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]
 
 
 def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Parameter]:
-    """Wrap the target layers in place; return the trainable parameters by their name on disk."""
+    """Wrap the target layers in place; return the trainable parameters by their name on disk.
+
+    Those of a classifier's head are among them: it is trained whole.
+    """
     linear = linear_modules(model)
     parameters: dict[str, nn.Parameter] = {}
     for path in target_paths(linear, spec.targets):
@@ -133,7 +158,19 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Parame
         setattr(model.get_submodule(parent), name, wrapped)
         parameters[f"{path}.lora_A.weight"] = wrapped.lora_A
         parameters[f"{path}.lora_B.weight"] = wrapped.lora_B
-    return parameters
+    head = _head(model)
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    return parameters | head
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a classifier has beside its body, by name."""
+    return {
+        f"{path}.{name}": parameter
+        for path in head_paths(model)
+        for name, parameter in model.get_submodule(path).named_parameters()
+    }
 
 
 def set_step(model: nn.Module, step: int) -> None:
@@ -154,11 +191,13 @@ def save_lora(model: nn.Module, spec: LoraSpec, folder: Path, base_path: str) ->
         for path, module in wrapped.items()
         for side in "AB"
     }
+    for name, parameter in _head(model).items():
+        tensors[f"base_model.model.{name}"] = parameter.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    others = [path for path in linear_modules(model) if not path.endswith(".base")]
+    others = [path for path in _all_linear(model) if not path.endswith(".base")]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASK_TYPES[task_of(model)],
         "base_model_name_or_path": base_path,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
@@ -167,7 +206,7 @@ def save_lora(model: nn.Module, spec: LoraSpec, folder: Path, base_path: str) ->
         "bias": "none",
         "fan_in_fan_out": any(not isinstance(module.base, nn.Linear) for module in wrapped.values()),
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": head_paths(model) or None,
         "use_dora": False,
         "use_rslora": False,
     }

@@ -22,6 +22,8 @@ from raytune_ft.spec.job import (
     Section,
     SourceSpec,
     SplitSpec,
+    TrainOnlySpec,
+    UnfreezeSpec,
 )
 from raytune_ft.spec.read import parse_job, read_job
 
@@ -47,6 +49,8 @@ __all__ = [
     "Section",
     "SourceSpec",
     "SplitSpec",
+    "TrainOnlySpec",
+    "UnfreezeSpec",
     "parse_job",
     "read_job",
 ]

@@ -50,6 +50,31 @@ def _check_alias(alias: str) -> str:
     return alias
 
 
+def _check_layers(layers: str) -> str:
+    if not re.fullmatch(r"last-[1-9][0-9]{0,3}", layers):
+        raise ValueError("must be last- and a number of layers from 1 to 9999, such as last-4")
+    return layers
+
+
+def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(labels) == 1:
+        raise ValueError(f"holds '{labels[0]:.60}' alone; a classifier tells two classes apart or more")
+    for label in labels:
+        if not label or label != label.strip():
+            raise ValueError(f"'{label:.60}' is empty, or begins or ends with white space; remove that")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"names '{twice[0]:.60}' twice; name each class once")
+    return labels
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
+
+
 def _check_gate(gate: Any) -> Any:
     """All at once, and by hand, so that a message names the score that has the bad bound."""
     if gate is None:
@@ -91,6 +116,8 @@ Location = Annotated[
 ]
 """A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+"""A regular expression."""
 
 
 class Section(BaseModel):
@@ -109,6 +136,9 @@ class ModelSpec(Section):
     weights: the same numbers, more memory, no dequantisation in each step. `auto` lets the planner choose."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    labels: Annotated[tuple[str, ...], AfterValidator(_check_labels)] = ()
+    """The classes that completions name, for a model that classifies, in the order of its outputs; empty: it
+    answers with text."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
 
@@ -202,8 +232,43 @@ class LoraSpec(Section):
     """Modules with an update: all linear layers but the head, the attention projections, or name suffixes."""
 
 
+class TrainOnlySpec(Section):
+    """Which weights are trained, in one of three ways; the others stay those of the base."""
+
+    layers: Annotated[str, AfterValidator(_check_layers)] | None = None
+    """`last-4`: the last four layers, and what stands after them: the final norm, and a head of its own."""
+    patterns: (
+        Annotated[tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(min_length=1)] | None
+    ) = None
+    """Regular expressions; a weight is trained where one of them is found in its name."""
+    biases: bool = False
+    """All biases, and nothing else (BitFit, Ben Zaken et al. 2022)."""
+
+    @property
+    def last_layers(self) -> int | None:
+        """How many of the last layers; None where they are chosen otherwise."""
+        return None if self.layers is None else int(self.layers.removeprefix("last-"))
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "TrainOnlySpec":
+        if sum((self.layers is not None, self.patterns is not None, self.biases)) != 1:
+            raise ValueError("give one of layers: last-4, patterns: [...] and biases: true")
+        return self
+
+
+class UnfreezeSpec(Section):
+    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the last layer first, then the next."""
+
+    every_steps: PositiveInt
+    """Optimizer steps until the next layer down is trained too."""
+
+
 class FullSpec(Section):
     kind: Literal["full"] = "full"
+    train_only: TrainOnlySpec | None = None
+    """Train some of the weights; null: all. The published model is whole in any case."""
+    unfreeze: UnfreezeSpec | None = None
+    """Begin with the last layer alone; null: train all from the first step."""
 
 
 def _method_kind(value: Any) -> Any:
@@ -254,15 +319,61 @@ class BatchSpec(Section):
 
 class ClusterSpec(Section):
     workers: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the workers divide among themselves (Rajbhandari et al. 2020): 0: nothing, each holds all; 1: the
+    optimizer's state; 2: gradients too; 3: weights too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What waits in the host's memory instead of the GPU's: the optimizer's state (from stage 2 on), or that
+    and the weights (stage 3)."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: a GPU where the cluster has one."""
     max_restarts: NonNegativeInt = 3
     """Lost workers that a run survives. Bad input is never retried."""
 
+    max_preemptions: NonNegativeInt | None = None
+    """Announced losses of nodes that a run survives, counted by themselves; null: any number."""
+    elastic: tuple[PositiveInt, PositiveInt] | None = None
+    """Least and most workers, instead of `workers`: as many as the cluster has room for. The steps stay the
+    same; a run that changes its number goes on from its last checkpoint."""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the run may have at a time."""
+        return self.elastic[1] if self.elastic else self.workers
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which the run waits."""
+        return self.elastic[0] if self.elastic else self.workers
+
+    @model_validator(mode="after")
+    def _elastic_is_a_range(self) -> "ClusterSpec":
+        if self.elastic is None:
+            return self
+        least, most = self.elastic
+        if least > most:
+            raise ValueError(f"elastic = [{least}, {most}]: the least comes first; write [{most}, {least}]")
+        if self.workers != 1:
+            raise ValueError(f"give workers = {self.workers} or elastic = [{least}, {most}], not both")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_its_stage(self) -> "ClusterSpec":
+        least = {"none": 0, "optimizer": 2, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload = {self.offload} needs zero_stage {least if least == 3 else '2 or 3'}, and "
+                f"zero_stage = {self.zero_stage}; raise it, or set offload: none"
+            )
+        return self
+
 
 class CheckpointSpec(Section):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 2
+    """So many stay: the newest, or those that `keep_best` chooses."""
+    keep_best: bool = False
+    """Keep those with the lowest validation loss, and the last one beside them."""
 
 
 Metric = Literal["exact_match", "rouge", "bleu", "chrf"]
@@ -360,9 +471,42 @@ class JobSpec(Section):
                 f"method.kind = full trains every weight, and model.weight_bits = {self.model.weight_bits} "
                 "holds them frozen; use 16 or 32, or method.kind = lora"
             )
+        if self.checkpoint.keep_best and not self.data.split.validation:
+            raise ValueError(
+                "checkpoint.keep_best chooses by validation loss, and data.split.validation = 0 measures "
+                "none; raise it, or remove keep_best"
+            )
         if self.data.mixture.stop == "steps" and self.schedule.steps is None:
             raise ValueError(
                 "data.mixture.stop = steps never ends an epoch; set schedule.steps, or choose another stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unfreezing_is_whole(self) -> "JobSpec":
+        # DeepSpeed steps all weights of a group as one flat tensor: those that wait would decay too.
+        sharded = self.cluster.zero_stage
+        if sharded and isinstance(self.method, FullSpec) and self.method.unfreeze is not None:
+            raise ValueError(
+                f"method.unfreeze adds weights while it trains, and cluster.zero_stage = {sharded} divides "
+                "them once; use zero_stage: 0, or remove unfreeze"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> "JobSpec":
+        stage = self.cluster.zero_stage
+        if not stage:
+            return self
+        if self.optimizer.kind != "adamw":
+            raise ValueError(
+                f"cluster.zero_stage = {stage} divides the optimizer's state, and optimizer.kind = "
+                f"{self.optimizer.kind} keeps it in blocks; use adamw (cluster.offload saves memory too)"
+            )
+        if stage == 3 and self.model.weight_bits == 8:
+            raise ValueError(
+                "cluster.zero_stage = 3 divides weights, and model.weight_bits = 8 keeps them beside the "
+                "parameters; use 4, 16 or 32, or zero_stage 1 or 2"
             )
         return self
 

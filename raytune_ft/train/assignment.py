@@ -79,7 +79,7 @@ def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None
     from raytune_ft.train.worker import run_recipe
 
     assignment = config["assignment"]
-    several = assignment.job.cluster.workers > 1
+    several = assignment.job.cluster.most_workers > 1
     try:
         return run_recipe(assignment)
     except RaytuneError as error:

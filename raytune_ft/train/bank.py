@@ -1,22 +1,24 @@
 """The bank: one resident base on one device, and what is trained on it."""
 
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from raytune_ft.errors import ModelError, OutOfMemory
 from raytune_ft.methods import saving
 from raytune_ft.methods.lora import set_step
+from raytune_ft.methods.selective import Unfreezing
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
+from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import OptimizerSpec
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.loss import Project, cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.engine import pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.forward import forward_of
+from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
 from raytune_ft.train.peers import Peers
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.pt"
-_FORWARDS_PER_STEP = 1 << 16
-_SEED_STRIDE = 1 << 40
 
 
 def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -34,8 +34,8 @@ def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch
     Weight decay acts on matrices only: pulling norms and biases to zero has no regularising meaning.
     """
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(whole_shape(p)) >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
@@ -53,25 +53,6 @@ def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch
     return optimizer
 
 
-def language_head(model: "PreTrainedModel") -> tuple[Project, list[Tensor]]:
-    """The head as a function of hidden states, and its tensors.
-
-    Gemma caps its logits, Granite divides and Cohere multiplies them; the head module alone would miss it.
-    """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def project(hidden: Tensor) -> Tensor:
-        logits: Tensor = head(hidden)
-        if factor != 1.0:
-            logits = logits * factor
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return project, list(head.parameters())
-
-
 class BankEngine:
     """Trains the given parameters of a model that stays on its device.
 
@@ -87,6 +68,7 @@ class BankEngine:
         *,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        unfreezing: Unfreezing | None = None,
         peers: Peers = Peers(),
     ) -> None:
         self.model = model
@@ -94,13 +76,14 @@ class BankEngine:
         self.device = next(model.parameters()).device
         self.seed = seed
         self.peers = peers
+        self._unfreezing = unfreezing
         self.max_grad_norm = optimizer.max_grad_norm
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
         self.optimizer = make_optimizer(list(self.masters.values()), optimizer)
-        self._project, self._head = language_head(model)
+        self._forward = forward_of(model)
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
 
@@ -110,22 +93,23 @@ class BankEngine:
         Raises:
             OutOfMemory: the device's memory does not hold the pass.
         """
-        passes = step * _FORWARDS_PER_STEP + forward
+        passes = pass_number(step, forward)
         set_step(self.model, passes)
+        self._freeze(step)
         # A base may have dropout of its own. Its masks become a function of the pass, as ours are, so that a
         # resumed run draws those that an uninterrupted one drew.
-        torch.manual_seed((self.seed * _SEED_STRIDE + passes) % 2**63)
+        torch.manual_seed(pass_seed(self.seed, passes))
         self.model.train()
         try:
             batch = batch.to(self.device)
             scale_G = 1.0 / torch.tensor(divisor_G, dtype=torch.float32, device=self.device)
             objective, sums_G = grouped_cross_entropy(
-                self._learned_hidden(batch),
+                self._forward.learned(batch),
                 batch.labels_N,
                 batch.group_N,
                 scale_G,
-                self._project,
-                self._head,
+                self._forward.project,
+                self._forward.head,
                 LOGITS_CHUNK_TOKENS,
             )
             objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
@@ -137,6 +121,17 @@ class BankEngine:
         self._collect()
         return sums_G.tolist()
 
+    def _freeze(self, step: int) -> None:
+        """Leave those without a gradient that are not trained yet: clipping and optimizer pass them over.
+
+        A worker without a pass in a step has no gradients anyway, so that all workers agree.
+        """
+        if self._unfreezing is None:
+            return
+        trained = self._unfreezing.trained(step)
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in trained)
+
     def _collect(self) -> None:
         """Add the gradients of bfloat16 parameters to their float32 masters, where passes add up exactly."""
         for name, parameter in self.parameters.items():
@@ -146,14 +141,8 @@ class BankEngine:
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
-    def _learned_hidden(self, batch: Batch) -> Tensor:
-        """Hidden states (N, D) of the positions that predict a learned token: only they get logits."""
-        # Without an attention mask the model reads the borders of packed examples from the positions.
-        output = self.model.base_model(
-            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
-        )
-        hidden_ND: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predictor_N)
-        return hidden_ND
+    def idle(self) -> None:
+        """See `Engine.idle`. Each worker holds all weights, so nobody needs another within a pass."""
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""
@@ -176,11 +165,13 @@ class BankEngine:
         """See `Engine.evaluate`."""
         self.model.eval()
         batch = batch.to(self.device)
-        hidden_ND = self._learned_hidden(batch)
-        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._project, LOGITS_CHUNK_TOKENS))
+        hidden_ND = self._forward.learned(batch)
+        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, LOGITS_CHUNK_TOKENS))
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
+        """See `Engine.save`. All workers hold the same, and the first one writes it."""
+        if self.peers.rank:
+            return
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}
         with saving(folder):
             save_file(tensors, folder / _WEIGHTS)
@@ -204,7 +195,4 @@ class BankEngine:
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_memory_bytes(self.device)

@@ -1,10 +1,35 @@
 """What the loop needs of whatever holds the weights."""
 
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from raytune_ft.train.batch import Batch
+
+_FORWARDS_PER_STEP = 1 << 16
+_SEED_STRIDE = 1 << 40
+
+
+def pass_number(step: int, forward: int) -> int:
+    """Number of a forward pass within the run. Dropout is drawn from it: a resumed run draws alike."""
+    return step * _FORWARDS_PER_STEP + forward
+
+
+def pass_seed(seed: int, number: int) -> int:
+    """Seed of the dropout that a base has of its own, for a pass of a run with `seed`."""
+    return (seed * _SEED_STRIDE + number) % 2**63
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the device, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Engine(Protocol):
@@ -20,6 +45,14 @@ class Engine(Protocol):
             divisor_G: what the sum of each group is divided by before all are added up. Where all groups
                 train the same weights it is the number of learned tokens of the whole step, over all passes
                 and workers, so that the gradient does not depend on how the step was divided.
+        """
+        ...
+
+    def idle(self) -> None:
+        """Take part in a pass of other workers in which this one has nothing to compute.
+
+        All workers have the same number of passes in a step, these included: where weights are divided among
+        them, one that computes needs all others.
         """
         ...
 
@@ -39,7 +72,10 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what is trained and the optimizer's state."""
+        """Write this worker's part of what is trained and of the optimizer's state, or nothing.
+
+        All workers call it, each with a folder of its own; Ray merges the folders into one.
+        """
         ...
 
     def load(self, folder: Path) -> None:

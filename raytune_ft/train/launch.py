@@ -18,7 +18,7 @@ from typing import Any, Self
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import BackendConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog, Signer
@@ -33,16 +33,18 @@ from raytune_ft.data.prepare import (
     write_quarantine,
 )
 from raytune_ft.data.sources import fingerprint, list_objects
-from raytune_ft.errors import RaytuneError, SpecError, TrainingError
+from raytune_ft.errors import RaytuneError, SpecError
 from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
 from raytune_ft.planner import check_max_tokens
 from raytune_ft.report import RunReport, write_report
 from raytune_ft.spec import JobSpec
-from raytune_ft.storage import arrow_filesystem, disk_errors
+from raytune_ft.storage import disk_errors
 from raytune_ft.tensorboard import ScalarLog, step_scalars
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
-from raytune_ft.train.placement import place
+from raytune_ft.train.budgets import lost, run_config
+from raytune_ft.train.lease import Lease, hold
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
+from raytune_ft.train.room import BusyCluster, find_room
 from raytune_ft.train.run import Run, digest
 
 _QUARANTINE_FILE = "quarantine.jsonl"
@@ -59,6 +61,7 @@ def train(
     *,
     restart: bool = False,
     cache: bool = True,
+    wait_s: float = 0.0,
     on_event: OnEvent = lambda _: None,
 ) -> dict[str, Any]:
     """Run a job to a published adapter, or go on with it where it stopped.
@@ -68,6 +71,7 @@ def train(
         output: local folder for report, resolved job, result, quarantine and TensorBoard scalars.
         restart: forget the run's checkpoints and result, and begin anew.
         cache: keep tokenised windows in the catalog's bucket, and take from there what another run tokenised.
+        wait_s: how long to wait for an autoscaler to add the nodes that the job asks for.
         on_event: hears of every phase and step while the run goes on.
 
     Returns:
@@ -77,6 +81,7 @@ def train(
 
     Raises:
         BadInput: found before any training.
+        RunHeld: another driver is at work on the run.
         TrainingError: training could not go on.
         StorageError: the store failed for longer than the retries last.
     """
@@ -87,33 +92,60 @@ def train(
         Signer.from_environment()
     base = base_identity(job.model.path)
     inputs = digest([fingerprint(list_objects(job.data)), base, *_of_others(job)])
-    run = Run(job)
-    if restart:
-        run.clear()
-    elif result := run.finished(inputs):
+    run, channel = Run(job), uuid.uuid4().hex
+    if not restart and (done := _done_before(run, inputs, on_event)):
+        return done
+    with hold(run.storage, channel, on_wait=lambda line: on_event({"phase": line})) as lease:
+        # While this driver waited for the lease, another may have come to the end.
+        if not restart and (done := _done_before(run, inputs, on_event)):
+            return done
+        if restart:
+            run.clear()
+        _prepare_output(job, output)
+        assignment, outcome = _train_held(
+            job, run, base, lease, channel, output, cache=cache, wait_s=wait_s, on_event=on_event
+        )
+        result = {**outcome.result, "seconds": time.perf_counter() - began}
+        if outcome.bad:
+            write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
+        _keep(assignment, result, outcome, output)
+        run.finish(result, inputs)
+    return result
+
+
+def _done_before(run: Run, inputs: str, on_event: OnEvent) -> dict[str, Any] | None:
+    result = run.finished(inputs)
+    if result is not None:
         on_event({"phase": "done before"})
-        return result
-    _prepare_output(job, output)
+    return result
+
+
+def _train_held(
+    job: JobSpec,
+    run: Run,
+    base: str,
+    lease: Lease,
+    channel: str,
+    output: Path,
+    *,
+    cache: bool,
+    wait_s: float,
+    on_event: OnEvent,
+) -> tuple[Assignment, Outcome]:
+    """Pass the data and run the workers; who calls it holds the lease."""
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizer = pool.submit(load_tokenizer, job.model)
         with ray_session():
-            placement = place(job.cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            placement = find_room(job.cluster, wait_s, on_event)
             on_event({"phase": "data"})
             data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
             others = read_other_tasks(job, tokenizer=tokenizer.result(), cache=cache)
+            lease.check()
             state = run.begin(data.fingerprint, base)
-            assignment = Assignment(
-                job, state, _training_data(job, data, others), uuid.uuid4().hex, placement
-            )
+            assignment = Assignment(job, state, _training_data(job, data, others), channel, placement)
             on_event({"phase": "start"})
-            outcome = _run_workers(assignment, run, output, on_event)
-    result = {**outcome.result, "seconds": time.perf_counter() - began}
-    if outcome.bad:
-        write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
-    _keep(assignment, result, outcome, output)
-    run.finish(result, inputs)
-    return result
+            return assignment, _run_workers(assignment, run, lease, output, on_event)
 
 
 def _of_others(job: JobSpec) -> list[str]:
@@ -201,33 +233,32 @@ def _training_data(job: JobSpec, data: PreparedData, others: OtherTasks | None) 
     )
 
 
-def _run_workers(assignment: Assignment, run: Run, output: Path, on_event: OnEvent) -> Outcome:
+def _run_workers(assignment: Assignment, run: Run, lease: Lease, output: Path, on_event: OnEvent) -> Outcome:
     job = assignment.job
-    filesystem, path = arrow_filesystem(run.parent_uri)
     trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
-            num_workers=job.cluster.workers,
+            num_workers=job.cluster.elastic or job.cluster.workers,
             use_gpu=assignment.placement.use_gpu,
             resources_per_worker=assignment.placement.resources,
         ),
         backend_config=_backend(job),
-        run_config=RunConfig(
-            name=run.id,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.cluster.max_restarts),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
-        ),
+        run_config=run_config(job, run),
     )
+    busy = BusyCluster(job.cluster, assignment.placement, on_event)
     with _Follower(assignment.channel, output, on_event) as follower:
+
+        def meanwhile() -> None:
+            lease.check()
+            busy.look(started=follower.take())
+
         try:
-            returned = _fit(trainer, follower.take).return_value
+            returned = _fit(trainer, meanwhile).return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             noted = recorded_failure(assignment.channel)
             if noted is None:
-                raise _lost(job, error) from error
+                raise lost(job, error) from error
             returned = noted
     if isinstance(returned, RaytuneError):
         raise returned
@@ -235,16 +266,9 @@ def _run_workers(assignment: Assignment, run: Run, output: Path, on_event: OnEve
     return outcome
 
 
-def _lost(job: JobSpec, error: BaseException) -> TrainingError:
-    return TrainingError(
-        f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
-        f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
-    )
-
-
 def _backend(job: JobSpec) -> BackendConfig:
-    """How workers find each other. One alone needs nobody, and the driver no torch."""
-    if job.cluster.workers == 1:
+    """How workers find each other. One alone needs nobody, but for DeepSpeed; nor does the driver torch."""
+    if job.cluster.most_workers == 1 and not job.cluster.zero_stage:
         return BackendConfig()
     from ray.train.torch import TorchConfig
 
@@ -271,14 +295,6 @@ def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.tra
     return ended.result()
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__
-
-
 class _Follower:
     """Turns the worker's events into scalars and into what a display shows; a repeated step counts once."""
 
@@ -288,6 +304,7 @@ class _Follower:
         self._quarantine = output / _QUARANTINE_FILE
         self._on_event = on_event
         self._step = 0
+        self._heard = False
 
     def __enter__(self) -> Self:
         return self
@@ -298,9 +315,10 @@ class _Follower:
         with suppress(Exception):
             self._reader.close()
 
-    def take(self) -> None:
-        """Handle all events that have come."""
+    def take(self) -> bool:
+        """Handle all events that have come; whether any ever has."""
         for event in self._reader.read():
+            self._heard = True
             if "bad" in event:
                 write_quarantine([BadRecord(**record) for record in event["bad"]], self._quarantine)
                 continue
@@ -313,6 +331,7 @@ class _Follower:
                 last = history[-1]
                 event |= {"step": last["step"], "loss": last["loss"], "tokens_per_second": _speed(history)}
             self._on_event(event)
+        return self._heard
 
 
 def _speed(history: list[dict[str, Any]]) -> float:

@@ -70,9 +70,9 @@ def fit(
             return
         have_data = time.perf_counter()
         rate = learning_rate(number)
-        learned_by_source, tokens = _count(step, peers)
+        learned_by_source, tokens, passes = _count(step, peers)
         learned = sum(learned_by_source)
-        loss_sums = _accumulate(engine, step, number, learned, peers)
+        loss_sums = _accumulate(engine, step, number, learned, passes, peers)
         loss_sum = sum(loss_sums)
         _check_finite(loss_sum, number, "loss", rate)
         grad_norm = engine.update(rate)
@@ -97,18 +97,21 @@ def fit(
         )
 
 
-def _count(step: Step, peers: Peers) -> tuple[list[int], int]:
-    """Learned tokens of each source, and all tokens, of the whole step."""
+def _count(step: Step, peers: Peers) -> tuple[list[int], int, int]:
+    """Learned tokens of each source, and all tokens, of the whole step; passes of the worker with most."""
     learned = [0] * step.sources
     for batch in step.batches:
         for source, count in enumerate(batch.group_N.bincount(minlength=step.sources).tolist()):
             learned[source] += count
     tokens = sum(batch.tokens for batch in step.batches)
-    *totals, all_tokens = (int(total) for total in peers.sum([*learned, tokens]))
-    return totals, all_tokens
+    own_passes = [len(step.batches) if rank == peers.rank else 0 for rank in range(peers.count)]
+    totals = [int(total) for total in peers.sum([*learned, tokens, *own_passes])]
+    return totals[: step.sources], totals[step.sources], max(totals[step.sources + 1 :])
 
 
-def _accumulate(engine: Engine, step: Step, number: int, learned: int, peers: Peers) -> list[float]:
+def _accumulate(
+    engine: Engine, step: Step, number: int, learned: int, passes: int, peers: Peers
+) -> list[float]:
     """Run this worker's passes; the sum of the losses of each source over all workers."""
     # Sum, not mean: passes and workers hold unequal numbers of learned tokens.
     sums = [0.0] * step.sources
@@ -117,6 +120,8 @@ def _accumulate(engine: Engine, step: Step, number: int, learned: int, peers: Pe
         forward = at * peers.count + peers.rank
         found = engine.accumulate(batch, step=number, forward=forward, divisor_G=[learned] * step.sources)
         sums = [total + part for total, part in zip(sums, found, strict=True)]
+    for _ in range(len(step.batches), passes):
+        engine.idle()
     return peers.sum(sums)
 
 

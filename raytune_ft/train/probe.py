@@ -4,15 +4,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raytune_ft.errors import ModelError
-from raytune_ft.train.bank import language_head
-from raytune_ft.train.batch import Tokens, assemble
+from raytune_ft.models import decoder_start_id, task_of
+from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens
+from raytune_ft.train.forward import forward_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LENGTHS = [7, 5, 9]
+_GIVEN = [1, 3, 4]
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of a logit, as a share of the largest logit: rounding of the type, with room."""
 
@@ -23,34 +26,25 @@ def check_isolation(model: "PreTrainedModel", *, packed: bool) -> None:
 
     Architectures differ in how they take positions and what they do to logits; one that lets examples see
     each other, or whose head is more than its module, would otherwise train on something else in silence.
+    Encoders have one example in a row, beside padding that it must not see.
 
     Raises:
         ModelError: they differ by more than rounding.
     """
     model.eval()
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = np.random.default_rng(0)
-    examples = [
-        Tokens(generator.integers(0, vocabulary, length), np.ones(length, dtype=np.bool_))
-        for length in _LENGTHS
-    ]
-    alone = [
-        model(input_ids=torch.from_numpy(e.input_ids)[None].to(device), use_cache=False).logits[0]
-        for e in examples
-    ]
+    arrangement = _arrangement(model)
+    packed = packed and arrangement.packs
+    forward, pad_id = forward_of(model), model.config.get_text_config().pad_token_id or 0
+    examples = _examples(model.config.get_text_config().vocab_size)
+    each = [arrangement.batch([[example]], pad_id).to(device) for example in examples]
+    alone = [_plain_logits(model, batch) for batch in each]
     rows = [examples] if packed else [[example] for example in examples]
-    batch = assemble(rows, pad_token_id=0).to(device)
-    hidden = model.base_model(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
-    )
-    project, _ = language_head(model)
-    logits_BTV = project(hidden.last_hidden_state)
-    together = (
-        list(torch.split(logits_BTV[0], _LENGTHS))
-        if packed
-        else [logits_BTV[row, :length] for row, length in enumerate(_LENGTHS)]
-    )
+    try:
+        logits_NV = forward.project(forward.learned(arrangement.batch(rows, pad_id).to(device)))
+    except ValueError as error:
+        raise ModelError(f"{type(model).__name__} takes no rows side by side: {error}") from None
+    together = torch.split(logits_NV, [len(logits) for logits in alone])
     largest = max(float(logits.abs().max()) for logits in alone)
     apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(alone, together, strict=True))
     limit = _TOLERANCE.get(alone[0].dtype, 6e-2) * largest
@@ -60,3 +54,31 @@ def check_isolation(model: "PreTrainedModel", *, packed: bool) -> None:
             f"{type(model).__name__} gives other logits in a shared row than alone (by {apart:.3g}; "
             f"rounding explains {limit:.3g}): {remedy}"
         )
+
+
+def _arrangement(model: "PreTrainedModel") -> Arrangement:
+    """That of the model, without a tokenizer: tokens are random here, and so is the class."""
+    eos_id = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0
+    match task_of(model):
+        case "classification":
+            return Classes(eos_id, lambda _: 0)
+        case "seq2seq":
+            return Pairs(eos_id, decoder_start_id(model))
+        case "causal":
+            return Continuations()
+
+
+def _examples(vocabulary: int) -> list[Tokens]:
+    """All but the first tokens of a length are learned."""
+    generator = np.random.default_rng(0)
+    return [
+        Tokens(generator.integers(0, vocabulary, length), np.arange(length) >= given)
+        for length, given in zip(_LENGTHS, _GIVEN, strict=True)
+    ]
+
+
+def _plain_logits(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """Logits (N, V) of the learned positions of a batch of one example, by the model's own forward."""
+    decoder = {} if batch.decoder_ids_BS is None else {"decoder_input_ids": batch.decoder_ids_BS}
+    logits: Tensor = model(input_ids=batch.input_ids_BT, **decoder).logits
+    return logits.flatten(0, -2).index_select(0, batch.predictor_N)

@@ -1,7 +1,7 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
 import json
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft
 from raytune_ft.catalog.gate import refusals
 from raytune_ft.catalog.record import FILE_SUFFIXES
 from raytune_ft.methods import METHODS, saving
+from raytune_ft.models import Task
 from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assess import forgetting
@@ -17,7 +18,14 @@ from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.run import RunState, digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+_AUTO_CLASSES: Mapping[Task, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+}
+"""What transformers loads a model with."""
 
 
 def signer_of(job: JobSpec) -> Signer | None:
@@ -35,13 +43,14 @@ def publish(
     position: Position,
     data: dict[str, Any],
     scores_after: dict[str, float] | None,
-    model: "PreTrainedModel",
+    folder: Path,
     tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
     signer: Signer | None,
 ) -> AdapterRecord:
     """Publish the trained model as the next version; a retry of the same attempt finds its own version.
 
-    No alias moves; see `move_alias`.
+    The weights are in `folder` already; the rest is added there. No alias moves; see `move_alias`.
 
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
@@ -68,19 +77,16 @@ def publish(
         forgetting=forgetting(scores_before, scores_after),
         parent=None,
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with saving(folder):
-            method.save(model, job.method, folder, job.model.path)
-            if method.artifact == "model":
-                tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(draft))
+    with saving(folder):
+        if method.artifact == "model":
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(draft, _AUTO_CLASSES[task]))
         (folder / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
-        # A model that came with code is published without it: a catalog holds nothing that runs.
-        written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
-        files = {file.relative_to(folder).as_posix(): file for file in written}
-        catalog = Catalog.at(job.publish.catalog)
-        return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
+    # A model that came with code is published without it: a catalog holds nothing that runs.
+    written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
+    files = {file.relative_to(folder).as_posix(): file for file in written}
+    catalog = Catalog.at(job.publish.catalog)
+    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
 
 
 def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any]) -> str:

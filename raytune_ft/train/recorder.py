@@ -1,19 +1,18 @@
 """What happens beside the loop: events for the driver, validation, checkpoints for Ray Train."""
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray.train
-
 from raytune_ft.train.checkpoint import Position, write_checkpoint
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import StepReport, source_losses
 from raytune_ft.train.peers import Peers
+from raytune_ft.train.preemption import Notices
 from raytune_ft.train.progress import EventWriter
+from raytune_ft.train.uploads import Uploads
 
 _EVENT_INTERVAL_S = 0.2
 
@@ -21,7 +20,7 @@ _EVENT_INTERVAL_S = 0.2
 class Recorder:
     """Turns the reports of steps into events for the driver and checkpoints for Ray Train.
 
-    Every worker has one and keeps the position; the first worker's alone validates, and writes.
+    Every worker has one and keeps the position; the first worker's alone tells the driver.
     """
 
     def __init__(
@@ -34,6 +33,7 @@ class Recorder:
         validate: Callable[[], float | None],
         peers: Peers,
         data: Callable[[], dict[str, Any]],
+        uploads: Uploads,
     ) -> None:
         """Go on from `position`.
 
@@ -43,9 +43,10 @@ class Recorder:
             total_steps: steps of the run; an estimate where the examples are not counted.
             every_steps: steps from checkpoint to checkpoint.
             events: to the driver.
-            validate: mean loss of the validation split, None without one.
+            validate: mean loss of the validation split, None without one, or where others measure it.
             peers: the workers of the run.
             data: what a checkpoint has to keep of the data; see `Position.data`.
+            uploads: where checkpoints go.
         """
         self._position = position
         self._history = list(position.history)
@@ -56,20 +57,24 @@ class Recorder:
         self._validate = validate
         self._peers = peers
         self._data = data
+        self._uploads = uploads
+        self._notices = Notices(peers, position.step)
         self._since_due: list[StepReport] = []
         """Reports of the steps since the last checkpoint. A run goes on from one, where this is empty."""
         self._unsent: list[dict[str, Any]] = []
         self._sent_at = 0.0
 
     def __call__(self, report: StepReport) -> None:
-        """Record one step; every so often, and after the last, keep a checkpoint."""
+        """Record one step; every so often, after the last and before a node goes, keep a checkpoint."""
         entry = report.to_json()
         self._since_due.append(report)
         self._history.append(entry)
         self._unsent.append(entry)
         last = report.step == self._total_steps
         if last or report.step % self._every_steps == 0:
-            self._keep()
+            self._keep(wait=last)
+        elif self._notices.new(report.step):
+            self._keep_before_loss()
         if last or time.monotonic() - self._sent_at > _EVENT_INTERVAL_S:
             self._send()
 
@@ -82,7 +87,7 @@ class Recorder:
             newest = self._history[-1]
             # It may have been sent before it was known to be the last.
             self._unsent = [*(entry for entry in self._unsent if entry is not newest), newest]
-            self._keep()
+            self._keep(wait=True)
         if self._unsent:
             self._send()
         return self._here()
@@ -90,19 +95,36 @@ class Recorder:
     def _here(self) -> Position:
         return replace(self._position, step=len(self._history), history=self._history, data=self._data())
 
-    def _keep(self) -> None:
-        """Complete the newest entry and keep a checkpoint. Ray waits until all workers have reported."""
-        self._history[-1]["source_losses"] = source_losses(self._since_due)
+    def _keep_before_loss(self) -> None:
+        """Keep a checkpoint at once, for a node of the run goes away soon; validating would take time."""
+        if self._peers.rank == 0:
+            step = len(self._history)
+            self._events.write({"phase": f"A node will be taken away: keeping a checkpoint of step {step}"})
+        self._keep(wait=True, validated=False)
+
+    def _keep(self, *, wait: bool, validated: bool = True) -> None:
+        """Complete the newest entry and keep a checkpoint. All workers do so at the same step."""
+        newest = self._history[-1]
+        newest["source_losses"] = source_losses(self._since_due)
         self._since_due = []
-        metrics = {"step": len(self._history)}
-        if self._peers.rank:
-            ray.train.report(metrics)
-            return
-        if (loss := self._validate()) is not None:
-            self._history[-1]["validation_loss"] = loss
-        with tempfile.TemporaryDirectory() as name:
-            write_checkpoint(Path(name), self._engine, self._here())
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
+        if validated and (loss := self._validate()) is not None:
+            newest["validation_loss"] = loss
+        here = self._here()
+
+        def write(folder: Path) -> None:
+            if self._peers.rank == 0:
+                write_checkpoint(folder, self._engine, here)
+            else:
+                self._engine.save(folder)
+
+        metrics: dict[str, Any] = {
+            name: newest[name] for name in ("step", "validation_loss") if name in newest
+        }
+        began = time.monotonic()
+        self._uploads.send(write, metrics, wait=wait)
+        newest["checkpoint_seconds"] = time.monotonic() - began
+        for upload in self._uploads.finished():
+            self._history[upload.step - 1]["upload_seconds"] = upload.seconds
 
     def _send(self) -> None:
         if self._peers.rank == 0:

@@ -9,10 +9,14 @@ from typing import Any, NoReturn
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import Storage, open_storage
+from raytune_ft.train.lease import LEASE
 
 _TRAINING_SECTIONS = ("model", "data", "method", "optimizer", "schedule", "batch")
 _STATE_FILE = "run.json"
 _RESULT_FILE = "result.json"
+_CHECKPOINTS = "checkpoint_"
+_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""Written by Ray Train. What it does not name is no checkpoint."""
 
 
 def digest(value: Any) -> str:
@@ -46,7 +50,7 @@ class Run:
         self.storage: Storage = open_storage(f"{self.parent_uri}/{self.id}")
 
     def clear(self) -> None:
-        """Forget all that the run left: result, state, then checkpoints.
+        """Forget all that the run left: result, state, then checkpoints. The lease stays.
 
         Interrupted anywhere it is still forgotten: `begin` clears what stands there without a state.
         """
@@ -57,7 +61,17 @@ class Run:
     def _clear_leftovers(self) -> None:
         for found in list(self.storage.list()):
             # The state may be that of somebody who began in this moment.
-            if found.key != _STATE_FILE:
+            if found.key != _STATE_FILE and not found.key.startswith(LEASE):
+                self.storage.delete(found.key)
+
+    def _clear_cut_off_checkpoints(self) -> None:
+        """Remove what a kill left of checkpoints that were never complete."""
+        text = self.storage.read_or_none(_CHECKPOINT_LIST)
+        kept = json.loads(text) if text else {}
+        listed = [*kept.get("checkpoint_results", []), kept.get("latest_checkpoint_result")]
+        complete = {result["checkpoint_dir_name"] for result in listed if result}
+        for found in list(self.storage.list(_CHECKPOINTS)):
+            if found.key != _CHECKPOINT_LIST and found.key.partition("/")[0] not in complete:
                 self.storage.delete(found.key)
 
     def finished(self, inputs: str) -> dict[str, Any] | None:
@@ -79,7 +93,7 @@ class Run:
         self.storage.write(_RESULT_FILE, json.dumps(kept).encode())
 
     def begin(self, data_fingerprint: str, base_identity: str) -> RunState:
-        """The state of the run that is under way, or of a new one.
+        """The state of the run that is under way, or of a new one. Who calls it holds the lease.
 
         A finished run on other inputs is no obstacle: a new one begins.
 
@@ -91,6 +105,7 @@ class Run:
         if kept is not None:
             state = RunState(**json.loads(kept))
             if (state.data_fingerprint, state.base_identity) == (data_fingerprint, base_identity):
+                self._clear_cut_off_checkpoints()
                 return state
             if self.storage.info(_RESULT_FILE) is None:
                 self._refuse(state, data_fingerprint, base_identity)

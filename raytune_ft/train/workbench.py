@@ -1,5 +1,6 @@
 """Setting up a worker: the base on its device, what is trained on it, and the state that it goes on from."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,21 +8,25 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from raytune_ft.methods import METHODS
+from raytune_ft.errors import ModelError
+from raytune_ft.methods import METHODS, saving
 from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder, read_facts
-from raytune_ft.planner import Choice, choose
+from raytune_ft.planner import Choice, choose, trainable_parameters
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout
 from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.forward import arrangement_of
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
+from raytune_ft.train.sharded import ShardedEngine, divided_while_loading, join_group, zero_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_SHARD_FILES = "rank-*.safetensors"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, which is less than what its machine has."""
 
@@ -32,10 +37,25 @@ class Workbench:
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    engine: BankEngine
+    engine: BankEngine | ShardedEngine
     layout: Layout
     position: Position
     """Where the run goes on: at step 0, or where the checkpoint stands."""
+
+    def write_result(self, job: JobSpec, folder: Path, rank: int) -> None:
+        """Write what is published; all workers call it together, and the first one writes.
+
+        Raises:
+            StorageError: the disk fails or is full.
+        """
+        method = METHODS[type(job.method)]
+        sharded = self.engine if isinstance(self.engine, ShardedEngine) else None
+        if sharded and method.artifact == "model":
+            sharded.write_model(folder)
+            return
+        with sharded.whole_parameters() if sharded else nullcontext(), saving(folder):
+            if rank == 0:
+                method.save(self.model, job.method, folder, job.model.path)
 
 
 def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Workbench:
@@ -50,20 +70,72 @@ def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Wor
     tokenizer = load_tokenizer(job.model)
     position = _position(assignment, checkpoint, model_folder(job.model.path), device, peers)
     _compute_alike(position.threads, device)
-    model = load_base(job.model, device=device, dequantised=position.choice.resident == "dequantised")
+    if checkpoint:
+        _check_form(checkpoint, job)
+    resident = position.choice.resident
+    make = _sharded if job.cluster.zero_stage else _bank
+    model, engine = make(job, device, resident == "dequantised", peers)
     check_isolation(model, packed=job.data.packing)
-    parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed)
+    return Workbench(model, tokenizer, engine, _layout(job, position.choice, model, tokenizer), position)
+
+
+def _bank(
+    job: JobSpec, device: torch.device, dequantised: bool, peers: Peers
+) -> tuple["PreTrainedModel", BankEngine]:
+    model = load_base(job.model, device=device, dequantised=dequantised)
+    method = METHODS[type(job.method)]
+    parameters = method.add(model, job.method, job.data.seed)
     engine = BankEngine(
         model,
         parameters,
         job.optimizer,
         seed=job.data.seed,
         gradient_checkpointing=job.model.gradient_checkpointing,
+        unfreezing=method.unfreezing(model, job.method),
         peers=peers,
     )
-    return Workbench(
-        model, tokenizer, engine, _layout(job, position.choice, tokenizer.pad_token_id), position
+    return model, engine
+
+
+def _sharded(
+    job: JobSpec, device: torch.device, dequantised: bool, peers: Peers
+) -> tuple["PreTrainedModel", ShardedEngine]:
+    join_group(device)
+    facts = read_facts(model_folder(job.model.path, weights=False))
+    config = zero_config(
+        job.cluster,
+        weight_bits=job.model.weight_bits,
+        max_grad_norm=job.optimizer.max_grad_norm,
+        parameters=trainable_parameters(facts, job),
+        hidden=facts.hidden,
     )
+    # Quantised weights are divided after they are loaded: bitsandbytes quantises whole layers.
+    divided = job.cluster.zero_stage == 3 and job.model.weight_bits >= 16
+    with divided_while_loading(config) if divided else nullcontext():
+        model = load_base(job.model, device=None if divided else device, dequantised=dequantised)
+    parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed)
+    engine = ShardedEngine(
+        model,
+        parameters,
+        job.optimizer,
+        config,
+        device=device,
+        seed=job.data.seed,
+        gradient_checkpointing=job.model.gradient_checkpointing,
+        peers=peers,
+    )
+    return model, engine
+
+
+def _check_form(checkpoint: Path, job: JobSpec) -> None:
+    """Refuse a checkpoint of the other engine."""
+    divided = any(checkpoint.glob(_SHARD_FILES))
+    if divided != bool(job.cluster.zero_stage):
+        held, remedy = ("1, 2 or 3", "1, 2 or 3") if divided else ("0", "0")
+        raise ModelError(
+            f"the checkpoint was written with cluster.zero_stage = {held}, and the job says "
+            f"{job.cluster.zero_stage}; set it to {remedy}, or start over with --restart"
+        )
 
 
 def _position(
@@ -105,12 +177,15 @@ def _compute_alike(threads: int, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _layout(job: JobSpec, choice: Choice, pad_token_id: int) -> Layout:
+def _layout(
+    job: JobSpec, choice: Choice, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> Layout:
     given = job.batch.sequences_per_worker
     return Layout(
         packing=job.data.packing,
         max_tokens=job.data.max_tokens,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         sequences_per_forward=None if given == "auto" else given,
         tokens_per_forward=choice.tokens_per_forward,
+        arrangement=arrangement_of(model, tokenizer),
     )

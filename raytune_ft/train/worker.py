@@ -1,5 +1,6 @@
 """The worker: one recipe, from a base to a published adapter. Runs inside a Ray Train worker."""
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from raytune_ft.data.counts import Counts
 from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.errors import DataError, RaytuneError
+from raytune_ft.models import task_of
 from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import EvaluateSpec, JobSpec
 from raytune_ft.spec.job import OTHER_TASKS
@@ -24,13 +26,16 @@ from raytune_ft.train.batch import Step
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.examples import Examples
 from raytune_ft.train.feed import open_feed
+from raytune_ft.train.lease import check_holds
 from raytune_ft.train.loop import fit
 from raytune_ft.train.peers import Peers
-from raytune_ft.train.progress import EventWriter, recorded_failure
+from raytune_ft.train.progress import EventWriter, record_failure, recorded_failure
 from raytune_ft.train.publish import move_alias, publish, signer_of
 from raytune_ft.train.recorder import Recorder
+from raytune_ft.train.run import Run
 from raytune_ft.train.schedule import learning_rate
 from raytune_ft.train.steps import Steps, ahead
+from raytune_ft.train.uploads import Uploads
 from raytune_ft.train.workbench import Workbench, set_up
 
 _SAMPLES = 24
@@ -54,19 +59,21 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     first = peers.rank == 0
     # Before any work: the key is in the environment of this node, which the driver cannot see.
     signer = signer_of(job) if first else None
-    validation, test, others = _held_out(data if first else None)
+    # Where weights are divided, one worker alone cannot ask the model anything.
+    validation, test, others = _held_out(data if first or job.cluster.zero_stage else None)
     if first:
         events.write({"phase": "load"})
 
     def test_now(phase: str) -> Assessment | None:
-        tested = bool(first and job.evaluate.metrics and len(test))
+        tested = bool(job.evaluate.metrics and len(test))
         if not tested and not len(others):
             return None
-        events.write({"phase": phase})
+        if first:
+            events.write({"phase": phase})
         return _assess(job, data, bench, test if tested else None, others)
 
     with _latest_checkpoint() as checkpoint:
-        bench = set_up(assignment, checkpoint, peers)
+        bench = set_up(_as_it_runs(assignment, peers), checkpoint, peers)
         position = bench.position
         how = {**job.evaluate.model_dump(mode="json"), "other_tasks": _fingerprint(data)}
         # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
@@ -77,32 +84,43 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
             bench.engine.load(checkpoint)
             ledger.restore(position.data)
     steps = Steps(data.course, open_feed(data, peers.rank, peers.count), ledger)
-    position = _train(job, bench, position, steps, ledger, validation, events, peers)
+    position = _train(assignment, bench, position, steps, ledger, validation, events, peers)
     after = test_now("evaluate after")
-    if not first:
-        return None
-    events.write({"phase": "publish"})
+    if first:
+        events.write({"phase": "publish"})
+        check_holds(Run(job).storage, assignment.channel)
     # Empty windows are never read.
     whole = all(number in ledger.train_counts for number, w in enumerate(data.windows) if w.size_bytes)
     counts = (
         replace(data.counts, sources=tuple(ledger.sources), estimated=False) if whole else data.counts
     ).to_json()
-    record = publish(
-        job,
-        assignment.state,
-        position,
-        {**data.described, "counts": counts},
-        after.scores if after else None,
-        bench.model,
-        bench.tokenizer,
-        signer,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        bench.write_result(job, Path(folder), peers.rank)
+        if not first:
+            return None
+        record = publish(
+            job,
+            assignment.state,
+            position,
+            {**data.described, "counts": counts},
+            after.scores if after else None,
+            Path(folder),
+            bench.tokenizer,
+            task_of(bench.model),
+            signer,
+        )
     gate = move_alias(job, record)
     result = _result(
         job, record, gate, position, bench.engine.peak_memory_bytes(), time.perf_counter() - began
     )
     samples = _samples(job, test, bench.tokenizer, position.before, after)
     return Outcome(result, position.history, samples, library_versions(), machine(), counts, list(ledger.bad))
+
+
+def _as_it_runs(assignment: Assignment, peers: Peers) -> Assignment:
+    """With the number of workers that there are now: an elastic run has another after a restart."""
+    cluster = assignment.job.cluster.model_copy(update={"workers": peers.count})
+    return replace(assignment, job=assignment.job.model_copy(update={"cluster": cluster}))
 
 
 def _held_out(data: TrainingData | None) -> tuple[Examples, Examples, Examples]:
@@ -149,8 +167,18 @@ def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
     )
 
 
+def _uploads(assignment: Assignment, peers: Peers) -> Uploads:
+    run, channel = Run(assignment.job), assignment.channel
+    return Uploads(
+        run.storage,
+        peers.rank,
+        may_write=lambda: check_holds(run.storage, channel),
+        on_failure=lambda error: record_failure(channel, error),
+    )
+
+
 def _train(
-    job: JobSpec,
+    assignment: Assignment,
     bench: Workbench,
     position: Position,
     steps: Steps,
@@ -160,6 +188,7 @@ def _train(
     peers: Peers,
 ) -> Position:
     """The steps from `position` to the end of the course; where that is."""
+    job = assignment.job
 
     def validate() -> float | None:
         chosen = validation.sample(job.evaluate.max_examples)
@@ -169,7 +198,15 @@ def _train(
     if peers.rank == 0:
         events.write({"phase": "train", "step": position.step, "steps": total, "history": position.history})
     recorder = Recorder(
-        bench.engine, position, total, job.checkpoint.every_steps, events, validate, peers, ledger.to_json
+        bench.engine,
+        position,
+        total,
+        job.checkpoint.every_steps,
+        events,
+        validate,
+        peers,
+        ledger.to_json,
+        _uploads(assignment, peers),
     )
     with (
         _told(ledger, events, peers),

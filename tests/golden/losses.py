@@ -15,12 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 
+from raytune_ft.data.pack import share
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
+from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import StepReport, fit
+from raytune_ft.train.peers import Peers
 from raytune_ft.train.schedule import learning_rate
 
 STEPS = 20
@@ -42,20 +45,26 @@ def losses(name: str, base: Path) -> list[float]:
         ModelSpec.model_validate({"path": str(base), "weight_bits": bits}), device=torch.device("cpu")
     )
     engine = BankEngine(model, METHODS[type(method)].add(model, method, 0), optimizer)
+    return train(engine, optimizer.learning_rate)
+
+
+def train(engine: Engine, rate: float, peers: Peers = Peers()) -> list[float]:
+    """Losses of the steps of an engine, of which these `peers` have a share each."""
     layout = Layout(
         packing=True, max_tokens=64, pad_token_id=2, sequences_per_forward=None, tokens_per_forward=128
     )
     random = np.random.default_rng(0)
     examples = [Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2) for n in random.integers(5, 40, 8)]
+    mine = share([len(example.input_ids) for example in examples], peers.count)[peers.rank]
+    own = [examples[at] for at in mine]
     reports: list[StepReport] = []
     fit(
         engine,
-        (Step(layout.batches(examples), len(examples), "", 1) for _ in range(STEPS)),
+        (Step(layout.batches(own), len(examples), "", 1) for _ in range(STEPS)),
         start=0,
-        learning_rate=lambda step: learning_rate(
-            step, STEPS, ScheduleSpec(warmup=0.1), optimizer.learning_rate
-        ),
+        learning_rate=lambda step: learning_rate(step, STEPS, ScheduleSpec(warmup=0.1), rate),
         report=reports.append,
+        peers=peers,
     )
     return [report.loss for report in reports]
 

@@ -1,19 +1,24 @@
 """What only a CUDA device can show. Run with `pytest -m gpu` on a machine that has one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base, load_tokenizer
-from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
+from raytune_ft.planner import ModelFacts, memory_plan
+from raytune_ft.spec import ClusterSpec, FullSpec, LoraSpec, ModelSpec, OptimizerSpec, parse_job
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
+from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
+from raytune_ft.train.sharded import ShardedEngine, join_group, zero_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,3 +109,81 @@ def test_the_tokenizer_pads_on_the_device(base: Path) -> None:
     tokenizer = load_tokenizer(ModelSpec(path=str(base)))
     replies = answer(model, tokenizer, [[5, 6], [7]], end_ids=[], max_new_tokens=3, batch_sequences=2)
     assert len(replies) == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "method"),
+    [(32, {"kind": "full"}), (16, {"kind": "full"}), (16, {"kind": "lora", "rank": 16})],
+    ids=["full-32", "full-16", "lora-16"],
+)
+def test_the_planned_peak_is_the_real_one(bits: int, method: dict[str, object], tmp_path: Path) -> None:
+    rows, max_tokens = 2, 256
+    # Large enough that what the plan leaves out, such as workspaces of the libraries, does not show.
+    model = tiny.llama(hidden=1024, layers=12, vocabulary=32000, positions=max_tokens)
+    facts = ModelFacts.from_config(model.config.to_dict())
+    job = parse_job(
+        {
+            "name": "plan",
+            "model": {"path": str(tiny.save_base(tmp_path / "base", model)), "weight_bits": bits},
+            "data": {"sources": [{"uri": "data.jsonl"}], "max_tokens": max_tokens},
+            "method": method,
+            "publish": {"catalog": "catalog"},
+        }
+    )
+    del model
+    planned = memory_plan(facts, job, resident="packed", tokens_per_forward=rows * max_tokens)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    base = load_base(job.model, device=torch.device("cuda"))
+    engine = BankEngine(base, METHODS[type(job.method)].add(base, job.method, 0), job.optimizer)
+    random = np.random.default_rng(0)
+    layout = Layout(True, max_tokens, 2, None, rows * max_tokens)
+    # Two passes a step: the gradients of the first stand beside the activations of the second.
+    examples = [
+        Tokens(random.integers(3, 32000, max_tokens), np.ones(max_tokens, dtype=np.bool_))
+        for _ in range(2 * rows)
+    ]
+    step = Step(layout.batches(examples), len(examples), "", 1)
+    assert len(step.batches) == 2
+    fit(engine, [step] * 3, start=0, learning_rate=lambda _: 1e-3, report=lambda _: None)
+    assert engine.peak_memory_bytes() - before == pytest.approx(planned.total, rel=0.1)
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peers]:
+    """A process group of this process alone."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    join_group(torch.device("cuda"))
+    yield Peers.current()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(1, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")],
+)
+def test_every_stage_trains_what_a_whole_model_trains(
+    base: Path, group: Peers, stage: int, offload: str, bits: int
+) -> None:
+    def train_full(sharded: bool) -> list[float]:
+        spec = ModelSpec.model_validate({"path": str(base), "weight_bits": bits})
+        device = torch.device("cuda", 0)
+        model = load_base(spec, device=device)
+        parameters = METHODS[FullSpec].add(model, FullSpec(), 0)
+        optimizer = OptimizerSpec(learning_rate=1e-3, epsilon=1e-4)
+        cluster = ClusterSpec.model_validate({"zero_stage": stage, "offload": offload})
+        config = zero_config(cluster, weight_bits=bits, max_grad_norm=1.0, parameters=10**5, hidden=64)
+        engine = (
+            ShardedEngine(model, parameters, optimizer, config, device=device, peers=group)
+            if sharded
+            else BankEngine(model, parameters, optimizer)
+        )
+        reports: list[StepReport] = []
+        fit(engine, steps(20), start=0, learning_rate=lambda _: 1e-3, report=reports.append, peers=group)
+        return [report.loss for report in reports]
+
+    assert train_full(True) == pytest.approx(train_full(False), abs=1e-4 if bits == 32 else 2e-2)

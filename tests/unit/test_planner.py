@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers
 from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from raytune_ft.errors import ModelError
@@ -19,11 +20,16 @@ from raytune_ft.models import read_facts
 from raytune_ft.planner import (
     LOGITS_CHUNK_TOKENS,
     ModelFacts,
+    alternatives,
+    bucket_elements,
     check_max_tokens,
     choose,
     memory_plan,
+    options,
+    settings,
     trainable_parameters,
     weight_bytes,
+    zero_states,
 )
 from raytune_ft.spec import JobSpec, LoraSpec, parse_job
 
@@ -134,6 +140,27 @@ class TestFacts:
             f"{tmp_path / 'config.json'} has none of {names}; so this is no causal language model"
         )
 
+    def test_encoders_and_decoders(self, tmp_path: Path) -> None:
+        t5 = {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 512, "vocab_size": 1000}
+        builds: list[tuple[type[transformers.PreTrainedModel], transformers.PreTrainedConfig]] = [
+            (
+                transformers.T5ForConditionalGeneration,
+                transformers.T5Config(**t5, num_layers=3, num_decoder_layers=2),
+            ),
+            (
+                transformers.T5ForConditionalGeneration,
+                transformers.T5Config(
+                    **t5, num_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+                ),
+            ),
+            (transformers.BertForSequenceClassification, transformers.BertConfig()),
+        ]
+        for kind, config in builds:
+            config.save_pretrained(tmp_path)
+            with torch.device("meta"):
+                true = sum(p.numel() for p in kind(config).parameters())
+            assert read_facts(tmp_path).parameters == pytest.approx(true, rel=0.03)
+
 
 class TestMemory:
     def test_trainable_parameters_are_those_that_lora_adds(self) -> None:
@@ -192,6 +219,34 @@ class TestMemory:
         )
         assert recomputed.activations < kept.activations / 4
         assert (recomputed.weights, recomputed.optimizer) == (kept.weights, kept.optimizer)
+
+    @pytest.mark.parametrize("bits", [16, 32])
+    @pytest.mark.parametrize(
+        "build", [lambda: tiny.llama(hidden=256, layers=4), tiny.gpt2], ids=["llama", "gpt2"]
+    )
+    def test_activations_are_what_autograd_keeps(self, build: Any, bits: int) -> None:
+        model = build().to(torch.float32 if bits == 32 else torch.bfloat16).train()
+        ids_BT = torch.arange(128).view(2, 64)
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(input_ids=ids_BT, use_cache=False)
+        found = sum(storage.nbytes() for storage in kept.values())
+        spec = full(bits=bits)
+        planned = memory_plan(
+            ModelFacts.from_config(model.config.to_dict()),
+            spec,
+            resident="packed",
+            tokens_per_forward=ids_BT.numel(),
+        ).activations
+        assert found <= planned <= 1.3 * found
 
     dimensions = st.fixed_dictionaries(
         {
@@ -312,7 +367,7 @@ class TestChoice:
             choose(with_model(weight_bits=16), facts(), GIB // 4)
         plan = memory_plan(facts(), with_model(weight_bits=16), resident="packed", tokens_per_forward=512)
         weights, gradients, optimizer, activations, logits = (
-            f"{value / GIB:.2f}" for value in asdict(plan).values()
+            f"{size / GIB:.2f}" for size in plan.terms.values() if size
         )
         assert str(caught.value) == (
             f"org/base needs {plan.total / GIB:.2f} GiB to train on one row of 512 tokens "
@@ -375,6 +430,189 @@ class TestChoice:
         assert message.endswith(f"; {remedy}")
         listed = {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d\d)[,)]", message)}
         assert max(listed, key=lambda name: listed[name]) == largest
+
+
+def full(*, bits: int = 16, **sections: Any) -> JobSpec:
+    model = {"path": "org/base", "weight_bits": bits, **sections.pop("model", {})}
+    return job(model=model, method={"kind": "full", **sections.pop("method", {})}, **sections)
+
+
+def sharded(stage: int, workers: int, offload: str = "none", *, bits: int = 16) -> JobSpec:
+    return full(bits=bits, cluster={"zero_stage": stage, "workers": workers, "offload": offload})
+
+
+class TestSharding:
+    """Rajbhandari et al. 2020, section 3 and figure 1."""
+
+    @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+    def test_the_papers_example(self, stage: int, gigabytes: float) -> None:
+        # 7.5 billion parameters in float16, Adam with K = 12, 64 GPUs.
+        parameters = 7_500_000_000
+        states = zero_states(2 * parameters, 2 * parameters, 12 * parameters, stage=stage, workers=64)
+        assert sum(states) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+    @given(st.tuples(*[st.integers(0, 10**13)] * 3), st.integers(1, 4096), st.integers(1, 3))
+    def test_all_workers_together_hold_everything(
+        self, states: tuple[int, int, int], workers: int, stage: int
+    ) -> None:
+        held = zero_states(*states, stage=stage, workers=workers)
+        before = zero_states(*states, stage=stage - 1, workers=workers)
+        for part, larger, whole in zip(held, before, states, strict=True):
+            assert part <= larger <= whole <= part * workers
+            assert part * workers - whole < workers or part == whole
+
+    @pytest.mark.parametrize("bits", [16, 32])
+    def test_states_by_hand(self, bits: int) -> None:
+        weights, count = (bits // 8) * facts().parameters, facts().parameters
+        held = {
+            stage: memory_plan(
+                facts(), sharded(stage, 4, bits=bits), resident="packed", tokens_per_forward=512
+            )
+            for stage in (1, 2, 3)
+        }
+        # Moments and master copy, also of float32 weights; bfloat16 gradients are added up in float32.
+        assert {plan.optimizer for plan in held.values()} == {12 * count // 4}
+        assert [held[stage].weights for stage in (1, 2, 3)] == [weights, weights, weights // 4]
+        assert [held[stage].gradients for stage in (1, 2, 3)] == [
+            (4 if bits == 32 else 6) * count,
+            count,
+            count,
+        ]
+
+    @pytest.mark.parametrize(
+        ("stage", "offload", "moved"),
+        [
+            (2, "optimizer", {"optimizer", "gradients"}),
+            (3, "optimizer", {"optimizer", "gradients"}),
+            (3, "parameters", {"optimizer", "gradients", "weights"}),
+        ],
+    )
+    def test_what_is_offloaded_stands_in_the_host(self, stage: int, offload: str, moved: set[str]) -> None:
+        here, away = (
+            memory_plan(facts(), sharded(stage, 4, how), resident="packed", tokens_per_forward=512)
+            for how in ("none", offload)
+        )
+        assert {name for name in here.terms if away.terms[name] != here.terms[name]} == moved
+        assert all(away.terms[name] == 0 for name in moved)
+        assert away.host == here.total - away.total
+
+    def test_the_smallest_number_of_elastic_workers_counts(self) -> None:
+        elastic = full(cluster={"zero_stage": 2, "elastic": [2, 8]})
+        plans = [
+            memory_plan(facts(), spec, resident="packed", tokens_per_forward=512)
+            for spec in (elastic, sharded(2, 2))
+        ]
+        assert plans[0] == plans[1]
+
+    @given(st.integers(0, 10**12))
+    def test_buckets_grow_with_the_model_within_bounds(self, parameters: int) -> None:
+        assert 1 << 20 <= bucket_elements(parameters) <= bucket_elements(2 * parameters) <= 1 << 28
+
+
+class TestSelected:
+    @pytest.mark.parametrize(
+        ("only", "trained"),
+        [
+            ({"layers": "last-2"}, 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096)),
+            ({"layers": "last-99"}, 8 * (4 * 1024 * 1024 + 3 * 1024 * 4096)),
+            ({"patterns": ["norm"]}, None),
+        ],
+    )
+    def test_what_is_trained_costs(self, only: dict[str, Any], trained: int | None) -> None:
+        spec = full(bits=32, method={"train_only": only})
+        count = facts().parameters if trained is None else trained
+        assert trainable_parameters(facts(), spec) == count
+        plan = memory_plan(facts(), spec, resident="packed", tokens_per_forward=512)
+        assert (plan.weights, plan.gradients) == (4 * facts().parameters, 4 * count)
+        assert plan.optimizer == 8 * count
+
+    def test_biases_are_an_upper_estimate(self) -> None:
+        base = tiny.gpt2()
+        spec = full(bits=32, method={"train_only": {"biases": True}})
+        estimate = trainable_parameters(ModelFacts.from_config(base.config.to_dict()), spec)
+        biases = sum(p.numel() for name, p in base.named_parameters() if name.endswith("bias"))
+        assert biases <= estimate <= 1.5 * biases
+
+    def test_nothing_is_kept_of_layers_below(self) -> None:
+        whole, half = (
+            memory_plan(facts(), spec, resident="packed", tokens_per_forward=512)
+            for spec in (full(), full(method={"train_only": {"layers": "last-4"}}))
+        )
+        assert whole.activations == 2 * half.activations
+
+
+class TestOptions:
+    BIG = facts(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
+
+    def test_every_stage_and_offload(self) -> None:
+        found = options(sharded(0, 4), self.BIG, None)
+        assert [(o.sharding.stage, o.sharding.offload) for o in found] == [
+            *((0, "none"), (1, "none"), (2, "none"), (3, "none")),
+            *((2, "optimizer"), (3, "optimizer"), (3, "parameters")),
+        ]
+        assert {(o.sharding.workers, o.auto, o.fits) for o in found} == {(4, None, None)}
+
+    def test_the_given_passes_and_auto(self) -> None:
+        spec = full(batch={"sequences": 8, "sequences_per_worker": 4})
+        (option, *_) = options(spec, facts(), 1000 * GIB)
+        assert option.tokens_given == 4 * 512
+        assert option.given == memory_plan(facts(), spec, resident="packed", tokens_per_forward=4 * 512)
+        assert option.auto is not None
+        assert option.auto.tokens_per_forward == 8 * 512
+        assert option.fits
+
+    @pytest.mark.parametrize(
+        ("device_gib", "workers", "expected"),
+        [
+            (150, 4, [""]),
+            (90, 4, ["cluster.zero_stage: 1"]),
+            (50, 4, ["cluster.zero_stage: 2"]),
+            (42, 4, ["cluster.zero_stage: 3"]),
+            (
+                24,
+                4,
+                [
+                    "cluster.zero_stage: 2, cluster.offload: optimizer "
+                    "(24.61 GiB of the host's memory for each worker)",
+                    "cluster.workers: 16, cluster.zero_stage: 3",
+                ],
+            ),
+            (
+                12.8,
+                1,
+                [
+                    "cluster.zero_stage: 3, cluster.offload: parameters "
+                    "(110.76 GiB of the host's memory for each worker)",
+                    "cluster.workers: 32, cluster.zero_stage: 3",
+                ],
+            ),
+        ],
+    )
+    def test_the_nearest_that_fit(self, device_gib: float, workers: int, expected: list[str]) -> None:
+        spec, device = sharded(0, workers), int(device_gib * GIB)
+        found = alternatives(spec, self.BIG, device)
+        assert [settings(spec, option) for option in found] == expected
+        for option in found:
+            assert option.given.total <= device * USABLE
+
+    @given(st.floats(1, 300), st.integers(0, 5).map(lambda n: 2**n), st.sampled_from([0, 1, 2, 3]))
+    @hypothesis_settings(max_examples=30, deadline=None)
+    def test_what_is_advised_is_not_refused(self, device_gib: float, workers: int, stage: int) -> None:
+        spec, device = sharded(stage, workers), int(device_gib * GIB)
+        for option in alternatives(spec, self.BIG, device):
+            choose(option.job, self.BIG, device)
+
+    def test_the_refusal_names_all_of_them(self) -> None:
+        spec = sharded(0, 4)
+        with pytest.raises(ModelError) as caught:
+            choose(spec, self.BIG, 24 * GIB)
+        first, second = alternatives(spec, self.BIG, 24 * GIB)
+        assert str(caught.value).endswith(
+            f"the device can give 20.40; use {settings(spec, first)} or {settings(spec, second)}"
+        )
+
+    def test_nothing_fits(self) -> None:
+        assert alternatives(full(), self.BIG, GIB // 2) == []
 
 
 def test_max_tokens_above_the_positions() -> None:

@@ -1,0 +1,50 @@
+"""What a run survives, and what it says when it is too much."""
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
+from ray.train.v2.api.exceptions import PreemptionError
+
+from raytune_ft.errors import TrainingError
+from raytune_ft.spec import JobSpec
+from raytune_ft.storage import arrow_filesystem
+from raytune_ft.train.run import Run
+
+
+def run_config(job: JobSpec, run: Run) -> RunConfig:
+    """Where Ray Train keeps the run, which checkpoints stay, and how many losses it survives."""
+    filesystem, path = arrow_filesystem(run.parent_uri)
+    preemptions = job.cluster.max_preemptions
+    return RunConfig(
+        name=run.id,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(
+            max_failures=job.cluster.max_restarts,
+            max_preemption_failures=-1 if preemptions is None else preemptions,
+        ),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=job.checkpoint.keep,
+            checkpoint_score_attribute="validation_loss" if job.checkpoint.keep_best else None,
+            checkpoint_score_order="min",
+        ),
+    )
+
+
+def lost(job: JobSpec, error: BaseException) -> TrainingError:
+    """Why the run does not survive `error`, by which Ray Train ended it."""
+    if isinstance(error, PreemptionError):
+        return TrainingError(
+            f"nodes of the run were taken away more than cluster.max_preemptions = "
+            f"{job.cluster.max_preemptions} times; the same command goes on from the last checkpoint"
+        )
+    return TrainingError(
+        f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
+        f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__

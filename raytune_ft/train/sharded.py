@@ -1,0 +1,264 @@
+"""The sharded engine: what is trained is divided among the workers (ZeRO, Rajbhandari et al. 2020).
+
+DeepSpeed divides and communicates; what a pass, a norm and a step are stays what the bank's are, so that a
+run's result depends neither on the stage nor on the number of workers, but for rounding.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_ft.errors import OutOfMemory
+from raytune_ft.methods.lora import set_step
+from raytune_ft.planner import LOGITS_CHUNK_TOKENS, bucket_elements
+from raytune_ft.spec import ClusterSpec, OptimizerSpec
+from raytune_ft.train.bank import make_optimizer
+from raytune_ft.train.batch import Batch
+from raytune_ft.train.engine import pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.export import export_full, gathered
+from raytune_ft.train.forward import forward_of
+from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.peers import Peers
+from raytune_ft.train.shards import load_shards, save_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def zero_config(
+    cluster: ClusterSpec, *, weight_bits: int, max_grad_norm: float | None, parameters: int, hidden: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings.
+
+    Args:
+        cluster: stage and offload.
+        weight_bits: of the base; 32 computes in float32, all others in bfloat16 with float32 masters.
+        max_grad_norm: where the gradient is clipped; None for never.
+        parameters: that the method trains.
+        hidden: width of the model.
+    """
+    bucket = bucket_elements(parameters)
+    zero: dict[str, Any] = {
+        "stage": cluster.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if cluster.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            # Norms and biases cost more latency than memory.
+            "stage3_param_persistence_threshold": 10 * hidden,
+            "sub_group_size": 10**9,
+        }
+    # Pinned memory is what a GPU copies from without waiting.
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if cluster.offload != "none":
+        zero["offload_optimizer"] = host
+    if cluster.offload == "parameters":
+        zero["offload_param"] = host
+    config: dict[str, Any] = {
+        # The loop forms the passes; DeepSpeed only wants a number.
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+    }
+    if weight_bits != 32:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def join_group(device: torch.device) -> None:
+    """Let DeepSpeed use the process group that Ray made.
+
+    DeepSpeed would compile a CPU kernel for inference here, which takes 40 s, and fails without a compiler.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+@contextmanager
+def divided_while_loading(config: Mapping[str, Any]) -> Iterator[None]:
+    """Within, transformers divides each weight as it loads it (stage 3), so that no worker holds the base."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    kept = HfDeepSpeedConfig(dict(config))
+    yield
+    # transformers asks for it through a weak reference: from here on models load as usual again.
+    del kept
+
+
+class _Pass(nn.Module):
+    """The whole of a pass as one module: the unit around which DeepSpeed gathers and releases weights."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward_of(model, hooks=False)
+
+    def hold_head(self) -> None:
+        """Keep the head's weights gathered through a pass: its chunks are not modules of their own."""
+        from deepspeed.runtime.zero import register_external_parameter
+
+        for weight in self._forward.head:
+            register_external_parameter(self, weight)
+
+    def forward(self, *, batch: Batch, scale_G: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+        """Objective and sums (G,); without scales the sum of all cross-entropies alone."""
+        hidden_ND, project = self._forward.learned(batch), self._forward.project
+        if scale_G is None:
+            return cross_entropy_sum(hidden_ND, batch.labels_N, project, LOGITS_CHUNK_TOKENS)
+        return grouped_cross_entropy(
+            hidden_ND,
+            batch.labels_N,
+            batch.group_N,
+            scale_G,
+            project,
+            self._forward.head,
+            LOGITS_CHUNK_TOKENS,
+        )
+
+
+class ShardedEngine:
+    """Trains parameters whose optimizer state, gradients or weights are divided among the workers.
+
+    All workers call every method together, `evaluate` and `save` too, and `evaluate` with the same rows.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: OptimizerSpec,
+        config: Mapping[str, Any],
+        *,
+        device: torch.device,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+        peers: Peers = Peers(),
+    ) -> None:
+        """Divide the model.
+
+        Args:
+            model: with its method; `join_group` was called before.
+            parameters: what is trained, by name.
+            optimizer: its kind must be `adamw`.
+            config: see `zero_config`.
+            device: of this worker.
+            seed: of the dropout.
+            gradient_checkpointing: recompute activations in the backward pass.
+            peers: the workers of the run.
+        """
+        import deepspeed
+
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        self.model = model
+        self.parameters = dict(parameters)
+        self.device = device
+        self.seed = seed
+        self.peers = peers
+        unit = _Pass(model)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=unit,
+            optimizer=make_optimizer(list(self.parameters.values()), optimizer),
+            config=dict(config),
+        )
+        if self.deepspeed.zero_optimization_stage() == 3:
+            unit.hold_head()
+
+    def accumulate(self, batch: Batch, *, step: int, forward: int, divisor_G: Sequence[int]) -> list[float]:
+        """See `Engine.accumulate`.
+
+        Raises:
+            OutOfMemory: the device's memory does not hold the pass.
+        """
+        passes = pass_number(step, forward)
+        set_step(self.model, passes)
+        torch.manual_seed(pass_seed(self.seed, passes))
+        self.deepspeed.train()
+        try:
+            batch = batch.to(self.device)
+            # DeepSpeed takes the mean over the workers, and the objective is a sum.
+            scale_G = self.peers.count / torch.tensor(divisor_G, dtype=torch.float32, device=self.device)
+            objective, sums_G = self.deepspeed(batch=batch, scale_G=scale_G)
+            self.deepspeed.backward(objective, scale_wrt_gas=False)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
+                f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
+            ) from None
+        found: list[float] = sums_G.tolist()
+        return found
+
+    def idle(self) -> None:
+        """See `Engine.idle`."""
+        self.accumulate(_nothing(), step=0, forward=0, divisor_G=[1])
+
+    def update(self, learning_rate: float) -> float:
+        """See `Engine.update`."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.step()
+        if self.deepspeed.optimizer.overflow:
+            return math.inf
+        return float(self.deepspeed.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> float:
+        """See `Engine.evaluate`."""
+        self.deepspeed.eval()
+        return float(self.deepspeed(batch=batch.to(self.device), scale_G=None))
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`; each worker writes its own part."""
+        save_shards(self.deepspeed, self.parameters, folder, self.peers.rank)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`; the workers that saved may have been more or fewer."""
+        load_shards(self.deepspeed, self.parameters, folder)
+
+    def write_model(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; the first worker alone writes, and none holds the model."""
+        export_full(self.model, folder, self.peers.rank)
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Within, the first worker's model holds what is trained whole, as its float32 masters: adapters."""
+        found = gathered(self.deepspeed, self.parameters)
+        divided = {name: self.parameters[name].data for name in found}
+        for name, tensor in found.items():
+            self.parameters[name].data = tensor
+        try:
+            yield
+        finally:
+            for name, tensor in divided.items():
+                self.parameters[name].data = tensor
+
+    def peak_memory_bytes(self) -> int:
+        """See `Engine.peak_memory_bytes`."""
+        return peak_memory_bytes(self.device)
+
+
+def _nothing() -> Batch:
+    """A row without anything to learn, for any kind of model: its gradient is zero."""
+    one_BT, none_N = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    return Batch(one_BT, one_BT, none_N, none_N, none_N, tokens=0, decoder_ids_BS=one_BT)

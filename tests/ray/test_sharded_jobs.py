@@ -1,0 +1,52 @@
+"""Sharded jobs from the file to the published model on a real cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_job  # type: ignore[import-not-found]  # this folder's
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from raytune_ft.catalog import Catalog
+from raytune_ft.spec import JobSpec
+from raytune_ft.train.launch import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+def sharded_job(base: Path, capitals: Path, catalog: Path, **cluster: Any) -> JobSpec:
+    return make_job(
+        base,
+        capitals,
+        catalog,
+        method={"kind": "full"},
+        # Adam divides by the gradient's own size, so a small epsilon would blow up the rounding of tiny ones.
+        optimizer={"learning_rate": 1.0e-3, "epsilon": 1.0e-4},
+        schedule={"steps": 4},
+        checkpoint={"every_steps": 2},
+        cluster={"workers": 2, **cluster},
+    )
+
+
+def published(job: JobSpec, to: Path) -> dict[str, torch.Tensor]:
+    Catalog.at(job.publish.catalog).pull("capitals@v1", to)
+    tensors: dict[str, torch.Tensor] = load_file(to / "model.safetensors")
+    return tensors
+
+
+def test_divided_weights_become_the_model_that_whole_ones_become(
+    base: Path, capitals: Path, tmp_path: Path
+) -> None:
+    whole = sharded_job(base, capitals, tmp_path / "whole")
+    divided = sharded_job(base, capitals, tmp_path / "divided", zero_stage=3)
+    expected, result = train(whole, tmp_path / "out0"), train(divided, tmp_path / "out3")
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert result["scores_before"] == pytest.approx(expected["scores_before"], abs=1e-5)
+    assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]
+    ours, theirs = published(divided, tmp_path / "pulled3"), published(whole, tmp_path / "pulled0")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pulled3")
