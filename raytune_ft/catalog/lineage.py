@@ -73,15 +73,15 @@ class _Walk:
             record = following
             self._seen.add(record.reference)
             below |= {record.reference}
-            merged = tuple(self._source(source, below) for source in record.merged_from)
+            merged = tuple(self._source(record, source, below) for source in record.merged_from)
             chain.append(Ancestor(record, _periods(self._catalog, record), merged))
             following = None
             if record.parent is not None:
-                following, broken = self._next(record.parent, below)
+                following, broken = self._next(record, record.parent, below)
         return Lineage(reference, tuple(chain), broken)
 
-    def _source(self, reference: str, below: frozenset[str]) -> Lineage:
-        record, broken = self._next(reference, below)
+    def _source(self, child: AdapterRecord, reference: str, below: frozenset[str]) -> Lineage:
+        record, broken = self._next(child, reference, below)
         if record is not None and len(below) > _MAX_DEPTH:
             broken = (
                 f"{record.reference}: more than {_MAX_DEPTH} versions from the first; look at it by itself"
@@ -90,17 +90,29 @@ class _Walk:
             return Lineage(reference, (), broken)
         return self.follow(reference, record, below)
 
-    def _next(self, reference: str, below: frozenset[str]) -> tuple[AdapterRecord | None, str | None]:
-        """The record of an ancestor, or why it is not followed."""
+    def _next(
+        self, child: AdapterRecord, reference: str, below: frozenset[str]
+    ) -> tuple[AdapterRecord | None, str | None]:
+        """The record of what a version was made from, or why it is not followed."""
         try:
             record = self._catalog.resolve(reference)
         except CatalogError as error:
             return None, str(error)
+        if child.origin is not None and not _is_copy(record, child.origin.catalog, reference):
+            # The names in a copy are those of its first catalog, and may mean something else here.
+            return None, f"{reference}: of {child.origin.catalog}; look there"
         if record.reference in below:
             return None, f"{record.reference}: is its own ancestor; a record was altered or damaged"
         if record.reference in self._seen:
             return None, "stands above"
         return record, None
+
+
+def _is_copy(record: AdapterRecord, catalog: str, reference: str) -> bool:
+    return record.origin is not None and (record.origin.catalog, record.origin.reference) == (
+        catalog,
+        reference,
+    )
 
 
 def _periods(catalog: CatalogView, record: AdapterRecord) -> tuple[AliasPeriod, ...]:

@@ -183,15 +183,15 @@ def parse_record(content: bytes, adapter: str, version: int, place: str) -> Adap
     Raises:
         CatalogError: it is damaged, of another schema, or the record of another version.
     """
-    schema = _field(content, "schema_version")
-    if schema != SCHEMA_VERSION:
-        raise CatalogError(
-            f"{place}: has schema_version {schema!r:.40}, and this raytune-ft reads {SCHEMA_VERSION}; "
-            "install the version that published it"
-        )
     try:
         record = AdapterRecord.model_validate_json(content)
     except ValidationError as error:
+        schema = _field(content, "schema_version")
+        if schema != SCHEMA_VERSION:
+            raise CatalogError(
+                f"{place}: has schema_version {schema!r:.40}, and this raytune-ft reads {SCHEMA_VERSION}; "
+                "install the version that published it"
+            ) from None
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
         message = f"{place}: not a record of this catalog: {where}: {first['msg']}"

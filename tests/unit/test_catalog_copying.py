@@ -26,6 +26,7 @@ from raytune_ft.catalog import (
     fingerprint,
     verify,
 )
+from raytune_ft.catalog.lineage import lineage_of
 from raytune_ft.catalog.removal import remove_version
 from raytune_ft.errors import BadInput, CatalogError
 from raytune_ft.storage import Storage
@@ -149,6 +150,20 @@ class TestAllVersions:
         assert [copy.copied.parent for copy in copies] == [None, "capital@v1", "capital@v2"]
         assert target.aliases("capital") == {"production": 3}
         assert not verify(target).problems
+
+    def test_a_lineage_is_that_of_the_copies(self, source: Catalog, local: Catalog, tmp_path: Path) -> None:
+        copy_all_versions(source, local, "capital")
+        found = lineage_of(local, "capital")
+        assert ([ancestor.record.version for ancestor in found.chain], found.broken) == ([3, 2, 1], None)
+
+    def test_a_lineage_takes_no_other_version_of_the_name(
+        self, source: Catalog, local: Catalog, tmp_path: Path
+    ) -> None:
+        publish(local, tmp_path, "own-1")
+        copy_version(source, local, "capital@v2")
+        found = lineage_of(local, "capital")
+        assert len(found.chain) == 1
+        assert found.broken == f"capital@v1: of {source.uri}; look there"
 
     def test_what_is_there_already_is_not_copied_twice(self, source: Catalog, local: Catalog) -> None:
         copy_version(source, local, "capital@v2")
