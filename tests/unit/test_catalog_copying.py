@@ -151,7 +151,7 @@ class TestAllVersions:
         assert target.aliases("capital") == {"production": 3}
         assert not verify(target).problems
 
-    def test_a_lineage_is_that_of_the_copies(self, source: Catalog, local: Catalog, tmp_path: Path) -> None:
+    def test_a_lineage_is_that_of_the_copies(self, source: Catalog, local: Catalog) -> None:
         copy_all_versions(source, local, "capital")
         found = lineage_of(local, "capital")
         assert ([ancestor.record.version for ancestor in found.chain], found.broken) == ([3, 2, 1], None)
