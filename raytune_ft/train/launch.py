@@ -22,6 +22,7 @@ from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig,
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog, Signer
+from raytune_ft.catalog.gate import as_of_now
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.order import plan_course
 from raytune_ft.data.prepare import (
@@ -92,7 +93,7 @@ def train(
         run.clear()
     elif result := run.finished(inputs):
         on_event({"phase": "done before"})
-        return result
+        return as_of_now(result, Catalog.at(job.publish.catalog))
     _prepare_output(job, output)
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
