@@ -144,7 +144,9 @@ def test_positions_name_the_place() -> None:
     assert [r.position for r in read(as_parquet())] == ["record 1", "record 2"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0), b"[]", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n \r\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0), b"[]", b"{}"]
+)
 def test_empty_files_have_no_records(content: bytes) -> None:
     assert read(content) == []
 
