@@ -27,6 +27,7 @@ format: install
 
 test: install
 	tests/ceph/install.sh
+	tests/chromium/install.sh
 	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not gpu'
 
 chaos: install

@@ -23,6 +23,7 @@ from raytune_ft.data.order import Course, plan_course
 from raytune_ft.data.prepare import divide_all, prepare
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import list_objects
+from raytune_ft.data.stream import stream_windows
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.batch import Layout
@@ -33,6 +34,7 @@ EOS = "<|endoftext|>"
 SEQUENCES_PER_STEP = 64
 _TOKENS_PER_FORWARD = 16_384
 _CLUSTER_CPUS = 2
+_WARMING_WINDOWS = 8
 
 
 def job_of(arguments: argparse.Namespace) -> JobSpec:
@@ -70,10 +72,18 @@ def core(job: JobSpec, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def cluster(job: JobSpec, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Ray on two cores, as a job with one worker reads its data; Ray was started before."""
+    """Ray on two cores, as a job with one worker reads its data; Ray was started before.
+
+    With `--warm` the cluster has read something for another job, as one that runs for days has: Ray Data's
+    own actors are up, and the processes of its tasks have imported what they need.
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CLUSTER_CPUS])
     tokenizer = _tokenizer(arguments.tokenizer)
     with _local_cluster():
+        if arguments.warm:
+            reader = WindowReader(tuple(list_objects(job.data)), job.data, Encoder.of(tokenizer), None)
+            for _ in stream_windows(divide_all(reader)[:_WARMING_WINDOWS], reader):
+                pass
         began = time.perf_counter()
         prepared = prepare(job, tokenizer=tokenizer, cache=arguments.cache)
         seconds = time.perf_counter() - began
@@ -165,6 +175,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--catalog", required=True, help="where tokenised windows are kept, if they are")
     parser.add_argument("--cache", action="store_true", help="keep tokenised windows, and take them")
+    parser.add_argument("--warm", action="store_true", help="let the cluster read something else before")
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, help="stop after so many steps instead of one epoch")
     arguments = parser.parse_args()

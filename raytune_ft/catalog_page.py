@@ -11,13 +11,15 @@ from pathlib import Path
 
 from raytune_ft.catalog.listing import Histories, History
 from raytune_ft.catalog.record import AdapterRecord
-from raytune_ft.chart import Tick, chart
-from raytune_ft.evaluate.scores import scale_of
-from raytune_ft.report import ScoreRow, score_rows
+from raytune_ft.chart import MOST_POINTS, Tick, can_be_drawn, chart
+from raytune_ft.errors import CatalogError
+from raytune_ft.report import ScoreRow, scale_for, score_rows, write_page
 from raytune_ft.storage import disk_errors
 
-_MOST_METRICS = 3
-"""Columns of the table; the details have all."""
+_MOST_COLUMNS = 3
+"""Metrics in the table."""
+_MOST_METRICS = 20
+"""Of one adapter, in its details."""
 _MOST_CHARTED = 1_000
 """Adapters up to which the details have charts."""
 _MOST_LINKS = 20
@@ -91,7 +93,7 @@ class AdapterRow:
     left_out: int
     """Versions that are not among them."""
     metrics: tuple[str, ...]
-    """Of all these versions."""
+    """Of all these versions, the newest one's first; the first `_MOST_METRICS`."""
     charts: tuple[MetricChart, ...]
     facts: tuple[tuple[str, str], ...]
     lineage: tuple[tuple[str, tuple[Link, ...]], ...]
@@ -106,8 +108,12 @@ def write_catalog_page(page: CatalogPage, path: Path) -> None:
         path: the HTML file; its folder must exist.
 
     Raises:
+        CatalogError: the path is a folder's.
         StorageError: the file cannot be written.
     """
+    with disk_errors(str(path)):
+        if path.is_dir():
+            raise CatalogError(f"{path}: is a folder; name a file in it, such as catalog.html")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -118,7 +124,7 @@ def write_catalog_page(page: CatalogPage, path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters["csp_source"] = _csp_source
-    environment.filters["label"] = lambda metric: scale_of(metric).label
+    environment.filters["label"] = lambda metric: scale_for(metric).label
     rows = adapter_rows(page)
     text = environment.get_template("catalog_page.html.j2").render(
         page=page,
@@ -126,11 +132,8 @@ def write_catalog_page(page: CatalogPage, path: Path) -> None:
         metrics=_columns(rows),
         versions=sum(of.versions for of in page.histories.adapters),
     )
-    temporary = path.with_name(f".{path.name}.new")
     with disk_errors(str(path)):
-        # JSON may hold half a surrogate pair, which no encoding does.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(path)
+        write_page(text, path)
 
 
 def adapter_rows(page: CatalogPage) -> list[AdapterRow]:
@@ -191,7 +194,8 @@ def _name_of(reference: str) -> str:
 
 def _adapter_row(history: History, catalog: str, links: _Links, charted: bool) -> AdapterRow:
     newest, aliases = history.records[0], history.aliases
-    metrics = tuple(dict.fromkeys(name for record in history.records for name in record.scores_after or {}))
+    named = dict.fromkeys(name for record in history.records for name in record.scores_after or {})
+    metrics = tuple(named)[:_MOST_METRICS]
     lineage = {
         "continues": links.to([newest.parent] if newest.parent else []),
         "merged from": links.to(newest.merged_from),
@@ -201,7 +205,7 @@ def _adapter_row(history: History, catalog: str, links: _Links, charted: bool) -
         name=newest.adapter,
         aliases=tuple(f"{alias} → v{version}" for alias, version in aliases.items()),
         base=newest.base.path,
-        versions=tuple(_version_row(record, aliases) for record in history.records),
+        versions=tuple(_version_row(record, aliases, metrics) for record in history.records),
         left_out=history.versions - len(history.records),
         metrics=metrics,
         charts=tuple(_chart(history.records, metric) for metric in metrics) if charted else (),
@@ -211,8 +215,9 @@ def _adapter_row(history: History, catalog: str, links: _Links, charted: bool) -
     )
 
 
-def _version_row(record: AdapterRecord, aliases: Mapping[str, int]) -> VersionRow:
-    after = record.scores_after or {}
+def _version_row(record: AdapterRecord, aliases: Mapping[str, int], metrics: Sequence[str]) -> VersionRow:
+    scores = record.scores_after or {}
+    after = {name: scores[name] for name in metrics if name in scores}
     rows = score_rows(record.scores_before or {}, after)
     size_bytes = sum(entry.size_bytes for entry in record.files)
     return VersionRow(
@@ -246,12 +251,12 @@ def _facts(record: AdapterRecord) -> tuple[tuple[str, str], ...]:
 
 
 def _chart(records: Sequence[AdapterRecord], metric: str) -> MetricChart:
-    scale = scale_of(metric)
+    scale = scale_for(metric)
     history = [
-        {"step": record.version, "score": record.scores_after[metric]}
+        {"step": record.version, "score": score}
         for record in reversed(records)
-        if record.scores_after and metric in record.scores_after
-    ]
+        if (score := (record.scores_after or {}).get(metric)) is not None and can_be_drawn(score)
+    ][-MOST_POINTS:]
     drawn = chart(scale.label, history, "score", dots="score")
     points = zip(drawn.dots, history, strict=True)
     return MetricChart(
@@ -268,7 +273,7 @@ def _chart(records: Sequence[AdapterRecord], metric: str) -> MetricChart:
 def _columns(rows: Iterable[AdapterRow]) -> list[str]:
     """The metrics that most adapters' newest versions have."""
     counts = Counter(metric for row in rows for metric in row.versions[0].scores)
-    return [metric for metric, _ in counts.most_common(_MOST_METRICS)]
+    return [metric for metric, _ in counts.most_common(_MOST_COLUMNS)]
 
 
 def _csp_source(text: str) -> str:

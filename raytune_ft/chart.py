@@ -9,6 +9,9 @@ from typing import Any
 MOST_POINTS = 500
 """Points of a curve; longer histories are thinned evenly."""
 
+_LEAST, _MOST = 1e-290, 1e290
+"""Magnitudes beyond which what is computed from two values may be none that a float holds."""
+
 _SMOOTH_FROM = 50
 """Points from which a moving average helps the eye."""
 
@@ -45,7 +48,7 @@ class Chart:
 
     title: str
     lines: tuple[str, ...]
-    """SVG path data; more than one where values that are not finite break the curve."""
+    """SVG path data; more than one where values that cannot be drawn break the curve."""
     smooth: str
     """Path data of the moving average; '' for short and for broken curves."""
     strips: tuple[Strip, ...]
@@ -54,7 +57,7 @@ class Chart:
     steps: tuple[Tick, ...]
     values: tuple[Tick, ...]
     missing: int
-    """Points whose value is not finite."""
+    """Points whose value cannot be drawn."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,12 @@ def chart(title: str, history: Sequence[Mapping[str, Any]], key: str, *, dots: s
     x = _Axis(kept[0]["step"], kept[-1]["step"]) if kept else _Axis(0, 1)
     y = _Axis(values[-1], values[0])
     lefts = [x.percent(entry["step"]) for entry in kept]
-    missing = sum(not math.isfinite(value) for value in numbers)
+    drawn = [value if can_be_drawn(value) else math.nan for value in numbers]
+    missing = sum(map(math.isnan, drawn))
     smooth = smoothed(numbers) if len(numbers) >= _SMOOTH_FROM and not missing else []
     return Chart(
         title=title,
-        lines=tuple(_paths((left, y.percent(value)) for left, value in zip(lefts, numbers, strict=True))),
+        lines=tuple(_paths((left, y.percent(value)) for left, value in zip(lefts, drawn, strict=True))),
         smooth="".join(_paths((left, y.percent(value)) for left, value in zip(lefts, smooth, strict=False))),
         strips=tuple(
             Strip(left, width, f"step {entry['step']:,}: {short_text(value)}")
@@ -95,12 +99,17 @@ def chart(title: str, history: Sequence[Mapping[str, Any]], key: str, *, dots: s
         dots=tuple(
             Dot(x.percent(step), y.percent(value), f"step {step:,}: {short_text(value)}")
             for step, value in marks
-            if math.isfinite(value)
+            if can_be_drawn(value)
         ),
         steps=tuple(Tick(x.percent(at), f"{at:,.0f}") for at in _step_ticks(x)),
         values=tuple(Tick(y.percent(at), short_text(at)) for at in values),
         missing=missing,
     )
+
+
+def can_be_drawn(value: float) -> bool:
+    """Whether a value has a place in a chart: it is finite, and far from what a float can hold."""
+    return abs(value) <= _MOST
 
 
 def thin(count: int, most: int) -> list[int]:
@@ -120,7 +129,7 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     >>> nice_ticks(0, 0.93)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    span = (high - low) or abs(high) or 1.0
+    span = next((size for size in (high - low, abs(high)) if size > _LEAST), 1.0)
     power = 10 ** math.floor(math.log10(span / most))
     distance = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor * most >= span)
     first, last = math.floor(low / distance), math.ceil(high / distance)
@@ -148,12 +157,12 @@ def short_text(value: float) -> str:
     """
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    finite = [value for value in values if math.isfinite(value)]
-    return min([0.0, *finite]), max([0.0, *finite])
+    drawn = [value for value in values if can_be_drawn(value)]
+    return min([0.0, *drawn]), max([0.0, *drawn])
 
 
 def _step_ticks(x: _Axis) -> list[float]:
@@ -161,7 +170,7 @@ def _step_ticks(x: _Axis) -> list[float]:
 
 
 def _paths(points: Iterator[tuple[float, float]]) -> Iterator[str]:
-    """Path data of each run of points whose values are finite."""
+    """Path data of each run of points whose values can be drawn."""
     run: list[str] = []
     for left, top in points:
         if math.isfinite(top):

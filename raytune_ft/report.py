@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,9 +99,22 @@ def write_report(report: RunReport, path: Path) -> None:
         commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
         counts=_count_rows(report.data_counts),
     )
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_page(page, path)
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a text file that appears complete or not at all; its folder must exist.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.new")
+    try:
+        # JSON may hold half a surrogate pair, which no encoding does.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
@@ -131,11 +145,13 @@ def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
     if gate:
         old = gate["alias_version"]
         left = f"{gate['alias']} was not set" if old is None else f"{gate['alias']} was left at v{old}"
-        texts["Gate"] = (
-            f"passed; {gate['alias']} means v{old}"
-            if gate["passed"]
-            else f"refused, {left}: {'; '.join(gate['refused'])}"
-        )
+        reasons = "; ".join(gate["refused"])
+        if not gate["passed"]:
+            texts["Gate"] = f"refused, {left}: {reasons}"
+        elif reasons:
+            texts["Gate"] = f"refused, but {gate['alias']} was moved to v{old} by hand: {reasons}"
+        else:
+            texts["Gate"] = f"passed; {gate['alias']} means v{old}"
     return texts
 
 

@@ -95,6 +95,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    # Head and body of an answer are sent one after the other: the second would wait for the first's echo.
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
     proxy: FaultProxy
     timeout = 30

@@ -21,7 +21,8 @@ _START_TIMEOUT_S = 120.0
 _CLUSTER_ID = "11111111-2222-3333-4444-555555555555"
 _OSD_ID = "22222222-2222-3333-4444-555555555555"
 
-# One monitor, one OSD in memory, one gateway; loopback only, no authentication between them.
+# One monitor, one OSD, one gateway; loopback only, no authentication between them. What a killed gateway
+# watched is dropped soon: changes of buckets wait for its answer until then.
 _CEPH_CONFIG = """
 [global]
 fsid = {cluster_id}
@@ -58,6 +59,7 @@ osd objectstore = {object_store}
 memstore device bytes = 4294967296
 bluestore block size = 4294967296
 osd memory target = 939524096
+osd client watch timeout = 3
 host = localhost
 [client.rgw]
 rgw data = {data}/rgw

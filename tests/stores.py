@@ -1,7 +1,7 @@
 """Stores that fail on purpose, around real ones; and something to publish."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,9 @@ class WrappedStorage:
 
     def download(self, key: str, path: Path) -> None:
         self.inner.download(key, path)
+
+    def discard_unfinished(self, before: float, *, dry_run: bool = False) -> Sequence[str]:
+        return self.inner.discard_unfinished(before, dry_run=dry_run)
 
 
 class Crash(Exception):

@@ -31,7 +31,10 @@ def move_alias(
                 f"{catalog.uri}: {adapter}@{alias} means {_meaning(current)}, not {wanted} as expected; "
                 "it was not moved; look at it with catalog history, and promote again"
             )
-        if current and (current.version == version or (forward_only and current.version > version)):
+        if current and current.version == version:
+            return current
+        # Not the present meaning alone: what somebody has taken back by hand, no retry brings again.
+        if current and forward_only and _highest(catalog, adapter, alias, current) >= version:
             return current
         entry = _entry(version, current, restores=None)
         if _append(catalog, adapter, alias, number + 1, entry):
@@ -104,6 +107,7 @@ def check_alias(alias: str) -> None:
 def _check_names(adapter: str, alias: str) -> None:
     if not NAME.fullmatch(adapter) or not NAME.fullmatch(alias):
         raise CatalogError(f"{f'{adapter}@{alias}'!r:.200}: not an adapter's alias; write NAME ALIAS")
+    check_alias(alias)
 
 
 def _origin(catalog: CatalogView, adapter: str, alias: str, number: int, entry: AliasEntry) -> int:
@@ -119,6 +123,13 @@ def _origin(catalog: CatalogView, adapter: str, alias: str, number: int, entry: 
     return entry.restores
 
 
+def _highest(catalog: CatalogView, adapter: str, alias: str, newest: AliasEntry) -> int:
+    """The highest version that an alias has meant, up to its newest move."""
+    if newest.highest is not None:
+        return newest.highest
+    return max(entry.version for entry in alias_history(catalog, adapter, alias).values())
+
+
 def _entry(version: int, current: AliasEntry | None, restores: int | None) -> AliasEntry:
     return AliasEntry(
         version=version,
@@ -127,7 +138,14 @@ def _entry(version: int, current: AliasEntry | None, restores: int | None) -> Al
         token=uuid.uuid4().hex,
         moved_by=who(),
         restores=restores,
+        highest=_highest_with(version, current),
     )
+
+
+def _highest_with(version: int, current: AliasEntry | None) -> int | None:
+    if current is None:
+        return version
+    return None if current.highest is None else max(version, current.highest)
 
 
 def _append(catalog: CatalogView, adapter: str, alias: str, number: int, entry: AliasEntry) -> bool:

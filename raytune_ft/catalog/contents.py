@@ -26,7 +26,13 @@ class ContentWriter:
     def write(self) -> None:
         """Write what is not there, is damaged or is not fresh."""
         for entry, path in self._files.items():
-            if not self._holds(entry):
+            if not self._holds(entry, fresh=True):
+                self._storage.write(blob_key(entry.sha256), path)
+
+    def repair(self) -> None:
+        """Write what is not there or is damaged, of a version that is there: its age is of no matter."""
+        for entry, path in self._files.items():
+            if not self._holds(entry, fresh=False):
                 self._storage.write(blob_key(entry.sha256), path)
 
     def complete(self) -> None:
@@ -40,14 +46,14 @@ class ContentWriter:
             if found is None or found.size_bytes != entry.size_bytes:
                 self._storage.write(blob_key(entry.sha256), path)
 
-    def _holds(self, entry: FileEntry) -> bool:
+    def _holds(self, entry: FileEntry, *, fresh: bool) -> bool:
         """Whether the content is there. A damaged one is not, so that publishing again repairs it."""
         key = blob_key(entry.sha256)
         found = self._storage.info(key)
         if found is None or found.size_bytes != entry.size_bytes:
             return False
         # Far in the future is no better: then one of the two clocks is wrong.
-        if abs(time.time() - found.modified_at) > FRESH_S:
+        if fresh and abs(time.time() - found.modified_at) > FRESH_S:
             return False
         if entry.size_bytes > READ_BACK_BYTES:
             return True

@@ -4,15 +4,16 @@ A copy is published in the target under the publish id of the original. So a cop
 repeated ends at one version, and a version that comes home finds itself.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from raytune_ft.catalog.aliases import check_alias
 from raytune_ft.catalog.lookup import CatalogView
-from raytune_ft.catalog.publish import Catalog
+from raytune_ft.catalog.publish import Catalog, check_signed
 from raytune_ft.catalog.record import AdapterRecord, Origin, RecordDraft
-from raytune_ft.catalog.signing import Signer, Trust, fingerprint
+from raytune_ft.catalog.signing import Signer, Trust
 from raytune_ft.errors import CatalogError
 from raytune_ft.spec.job import NAME
 
@@ -48,7 +49,8 @@ def copy_version(
         source: where the version is.
         target: where it shall be.
         reference: `name`, `name@v3` or `name@alias` in the source.
-        alias: moves to the copy in the target; None: no alias moves.
+        alias: moves to the copy in the target, unless it has meant this copy or a newer version there; None:
+            no alias moves.
         signer: signs the copy.
         trust: what is asked of the original's signature.
 
@@ -58,10 +60,13 @@ def copy_version(
             or not signed by `signer`.
         StorageError: a store or the disk failed; the same call goes on.
     """
-    _check_catalogs(source, target, alias)
-    copy = _copy(source, target, source.resolve(reference), signer, trust)
+    _check_asked(source, target, alias)
+    original = source.resolve(reference)
+    trust.check(original)
+    target.check()
+    copy = _copy(source, target, original, signer)
     if alias is not None:
-        target.set_alias(copy.copied.adapter, alias, copy.copied.version)
+        target.set_alias(copy.copied.adapter, alias, copy.copied.version, forward_only=True)
     return copy
 
 
@@ -83,7 +88,7 @@ def copy_all_versions(
         source: where the versions are.
         target: where they shall be.
         adapter: its name.
-        alias: moves to the copy of the newest in the target; None: no alias moves.
+        alias: moves to the copy of the newest in the target, as in `copy_version`; None: no alias moves.
         signer: signs the copies.
         trust: what is asked of the originals' signatures, of all before the first is copied.
 
@@ -91,7 +96,7 @@ def copy_all_versions(
         CatalogError: as `copy_version`; copies before the one that fails stay.
         StorageError: a store or the disk failed; the same call goes on.
     """
-    _check_catalogs(source, target, alias)
+    _check_asked(source, target, alias)
     if not NAME.fullmatch(adapter):
         raise CatalogError(f"{adapter!r:.200}: not an adapter's name; all versions are asked for: write NAME")
     removed = source.removed_versions(adapter)
@@ -100,37 +105,38 @@ def copy_all_versions(
         source.resolve(adapter)
     for original in originals:
         trust.check(original)
-    copies = [_copy(source, target, original, signer, trust) for original in originals]
+    target.check()
+    copies = [_copy(source, target, original, signer) for original in originals]
     if alias is not None:
-        target.set_alias(adapter, alias, copies[-1].copied.version)
+        target.set_alias(adapter, alias, copies[-1].copied.version, forward_only=True)
     return copies
 
 
-def _check_catalogs(source: CatalogView, target: Catalog, alias: str | None) -> None:
+def _check_asked(source: CatalogView, target: Catalog, alias: str | None) -> None:
     if alias is not None:
         check_alias(alias)
-    if source.uri == target.uri:
+    if _place(source) == _place(target):
         raise CatalogError(f"{source.uri}: is both source and target; name another catalog")
-    target.check()
 
 
-def _copy(
-    source: CatalogView, target: Catalog, original: AdapterRecord, signer: Signer | None, trust: Trust
-) -> Copy:
-    trust.check(original)
+def _place(catalog: CatalogView) -> str:
+    """Where a catalog is, by whatever link a folder was named."""
+    return catalog.uri if catalog.uri.startswith("s3://") else os.path.realpath(catalog.uri)
+
+
+def _copy(source: CatalogView, target: Catalog, original: AdapterRecord, signer: Signer | None) -> Copy:
     copied = target.published(original.adapter, original.publish_id)
-    if copied is None:
+    if copied is not None:
+        target.check_living(copied)
+    if copied is None or not target.has_contents(copied):
         draft = _draft(source, original)
         with tempfile.TemporaryDirectory(prefix="raytune-ft-") as temporary:
             files = {entry.name: Path(temporary) / entry.name for entry in original.files}
             for entry in original.files:
                 source.fetch(original, entry, files[entry.name])
             copied = target.publish(draft, files, publish_id=original.publish_id, signer=signer)
-    else:
-        target.read_living(copied.adapter, copied.version)
     _check_same(source, target, original, copied)
-    if signer is not None:
-        _check_signed(target, copied, signer)
+    check_signed(target, copied, signer)
     return Copy(original, copied)
 
 
@@ -152,14 +158,4 @@ def _check_same(source: CatalogView, target: Catalog, original: AdapterRecord, c
             f"{target.uri}: publish id {original.publish_id} stands for {copied.reference}, which is not "
             f"{original.reference} of {source.uri}: {', '.join(differing)} differ; nothing was copied; "
             "pull it, and publish its files under another id"
-        )
-
-
-def _check_signed(target: Catalog, copied: AdapterRecord, signer: Signer) -> None:
-    found = copied.signature
-    if found is None or found.public_key != signer.public_key:
-        whose = f"is signed by {fingerprint(found.public_key)}" if found else "has no signature"
-        raise CatalogError(
-            f"{target.uri}: {copied.reference} is there already and {whose}; a record is never changed, so "
-            "it cannot be signed any more; leave out the signature, or copy into another catalog"
         )

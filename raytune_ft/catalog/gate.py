@@ -2,10 +2,11 @@
 
 import operator
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_ft.catalog.lookup import CatalogView
 from raytune_ft.catalog.record import AdapterRecord
 from raytune_ft.errors import SpecError
 from raytune_ft.spec.job import BOUND, FORGETTING
@@ -73,6 +74,38 @@ def refusals(gate: Mapping[str, str], record: AdapterRecord) -> list[str]:
     measured: dict[str, float | None] = {**(record.scores_after or {}), FORGETTING: record.forgetting}
     reasons = (Bound.parse(bound).refusal(name, measured.get(name)) for name, bound in gate.items())
     return [reason for reason in reasons if reason is not None]
+
+
+def verdict(alias: str, refused: Sequence[str], version: int, alias_version: int | None) -> dict[str, Any]:
+    """What a result says of its gate.
+
+    Args:
+        alias: that the gate holds back.
+        refused: the reasons of `refusals`.
+        version: the one that was measured.
+        alias_version: what the alias means now, None for nothing.
+
+    Returns:
+        `alias`, whether the version `passed`, the reasons why the gate `refused` it, and the `alias_version`.
+        Whoever moves the alias by hand decides against the gate, so that a version which the alias means has
+        passed, whatever the reasons.
+    """
+    passed = not refused or alias_version == version
+    return {"alias": alias, "passed": passed, "refused": list(refused), "alias_version": alias_version}
+
+
+def as_of_now(result: dict[str, Any], catalog: CatalogView) -> dict[str, Any]:
+    """A result of an earlier run; where it has a gate, with what its alias means by now.
+
+    Raises:
+        StorageError: the catalog cannot be read.
+    """
+    gate = result.get("gate")
+    if gate is None:
+        return result
+    _, entry = catalog.newest_alias_entry(result["adapter"], gate["alias"])
+    means = None if entry is None else entry.version
+    return {**result, "gate": verdict(gate["alias"], gate["refused"], result["version"], means)}
 
 
 def refusal_message(result: Mapping[str, Any], catalog: str) -> str | None:

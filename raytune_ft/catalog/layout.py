@@ -4,7 +4,7 @@
     adapters/<name>/versions/<number>.json                 record of a version, written last, once
     adapters/<name>/aliases/<alias>/<number>.json          one entry for each move of an alias
     adapters/<name>/removed/<number>.json                  that a version is removed; its record stays
-    adapters/<name>/swept/<number>.json                    that the files of a removed version may be gone
+    adapters/<name>/settled/<sha256>.json                  how a removal ended: restored, or its files may go
     publishes/<publish id>.json                            that a publish has begun; a retry finds its own
     derived/<what>.gz                                      copies of small objects, to list with few requests
     cache/tokens/<sha256>.arrow                            tokenised data; made again where it is not there
@@ -60,9 +60,9 @@ def removed_prefix(adapter: str) -> str:
     return f"{ADAPTERS}{adapter}/removed/"
 
 
-def swept_prefix(adapter: str) -> str:
-    """Beginning of the keys of the notes that files of an adapter's removed versions may be gone."""
-    return f"{ADAPTERS}{adapter}/swept/"
+def settled_key(adapter: str, sha256: str) -> str:
+    """Key of the note how a removal ended, by the sha256 of the removal's own note."""
+    return f"{ADAPTERS}{adapter}/settled/{sha256}.json"
 
 
 def numbered(prefix: str, number: int) -> str:

@@ -1,9 +1,9 @@
 """Where a version came from: what training began from or weights were merged from, and their aliases."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune_ft.catalog.aliases import alias_history
-from raytune_ft.catalog.lookup import CatalogView
+from raytune_ft.catalog.lookup import AliasEntry, CatalogView, split_reference
 from raytune_ft.catalog.record import AdapterRecord
 from raytune_ft.errors import CatalogError
 
@@ -63,6 +63,7 @@ class _Walk:
     def __init__(self, catalog: CatalogView) -> None:
         self._catalog = catalog
         self._seen: set[str] = set()
+        self._logs: dict[str, Mapping[str, Sequence[AliasEntry]]] = {}
 
     def follow(self, reference: str, record: AdapterRecord, below: frozenset[str]) -> Lineage:
         """The chain from a version on; `below` are the versions that it is an ancestor of."""
@@ -73,15 +74,15 @@ class _Walk:
             record = following
             self._seen.add(record.reference)
             below |= {record.reference}
-            merged = tuple(self._source(source, below) for source in record.merged_from)
-            chain.append(Ancestor(record, _periods(self._catalog, record), merged))
+            merged = tuple(self._source(record, source, below) for source in record.merged_from)
+            chain.append(Ancestor(record, _periods(self._log(record.adapter), record), merged))
             following = None
             if record.parent is not None:
-                following, broken = self._next(record.parent, below)
+                following, broken = self._next(record, record.parent, below)
         return Lineage(reference, tuple(chain), broken)
 
-    def _source(self, reference: str, below: frozenset[str]) -> Lineage:
-        record, broken = self._next(reference, below)
+    def _source(self, child: AdapterRecord, reference: str, below: frozenset[str]) -> Lineage:
+        record, broken = self._next(child, reference, below)
         if record is not None and len(below) > _MAX_DEPTH:
             broken = (
                 f"{record.reference}: more than {_MAX_DEPTH} versions from the first; look at it by itself"
@@ -90,25 +91,56 @@ class _Walk:
             return Lineage(reference, (), broken)
         return self.follow(reference, record, below)
 
-    def _next(self, reference: str, below: frozenset[str]) -> tuple[AdapterRecord | None, str | None]:
-        """The record of an ancestor, or why it is not followed."""
+    def _next(
+        self, child: AdapterRecord, reference: str, below: frozenset[str]
+    ) -> tuple[AdapterRecord | None, str | None]:
+        """The record of what a version was made from, or why it is not followed."""
         try:
-            record = self._catalog.resolve(reference)
+            record = self._find(reference)
         except CatalogError as error:
             return None, str(error)
+        if record is None:
+            return None, f"{reference}: is not in {self._catalog.uri}"
+        if child.origin is not None and not _is_copy(record, child.origin.catalog, reference):
+            # The names in a copy are those of its first catalog, and may mean something else here.
+            return None, f"{reference}: of {child.origin.catalog}; look there"
         if record.reference in below:
             return None, f"{record.reference}: is its own ancestor; a record was altered or damaged"
         if record.reference in self._seen:
             return None, "stands above"
         return record, None
 
+    def _find(self, reference: str) -> AdapterRecord | None:
+        adapter, _, version = split_reference(reference)
+        if version is None:
+            return self._catalog.resolve(reference)
+        # Not resolved: records may name many versions that are not there, and a message about each would
+        # take listings of the whole catalog.
+        return self._catalog.find_living(adapter, version)
 
-def _periods(catalog: CatalogView, record: AdapterRecord) -> tuple[AliasPeriod, ...]:
+    def _log(self, adapter: str) -> Mapping[str, Sequence[AliasEntry]]:
+        """All moves of each alias of an adapter, the last one first; read once."""
+        if adapter not in self._logs:
+            self._logs[adapter] = {
+                alias: [self._catalog.read_alias_entry(adapter, alias, number) for number in moves]
+                for alias, moves in self._catalog.moves(adapter).items()
+            }
+        return self._logs[adapter]
+
+
+def _is_copy(record: AdapterRecord, catalog: str, reference: str) -> bool:
+    return record.origin is not None and (record.origin.catalog, record.origin.reference) == (
+        catalog,
+        reference,
+    )
+
+
+def _periods(logs: Mapping[str, Sequence[AliasEntry]], record: AdapterRecord) -> tuple[AliasPeriod, ...]:
     periods: list[AliasPeriod] = []
-    for alias in sorted(catalog.aliases(record.adapter)):
+    for alias, log in sorted(logs.items()):
         until = None
         found = []
-        for entry in alias_history(catalog, record.adapter, alias).values():
+        for entry in log:
             if entry.version == record.version:
                 found.append(AliasPeriod(alias, entry.created_at, until, entry.moved_by))
             until = entry.created_at

@@ -16,14 +16,13 @@ from raytune_ft.catalog.layout import (
     NEWEST_SNAPSHOT,
     VERSIONS_SNAPSHOT,
     numbered,
-    numbers,
     versions_prefix,
 )
+from raytune_ft.catalog.listed import Listed, by_adapter
 from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.record import AdapterRecord, parse_record
 from raytune_ft.catalog.snapshot import Snapshot
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME, VERSION
 from raytune_ft.storage import ObjectInfo, Storage, join_uri
 
 MOST_VERSIONS = 20
@@ -83,17 +82,6 @@ class Histories:
     notes: tuple[str, ...]
 
 
-@dataclass
-class _Listed:
-    """What a listing shows of one adapter."""
-
-    versions: dict[int, ObjectInfo] = field(default_factory=dict)
-    """The newest first, without those that were removed."""
-    removed: set[int] = field(default_factory=set)
-    moves: dict[str, tuple[int, ObjectInfo]] = field(default_factory=dict)
-    """Number and object of the last move of each alias."""
-
-
 def list_catalog(catalog: CatalogView, only: Filter = Filter()) -> Listing:
     """One version of each adapter that passes a filter: the newest, or the one that an alias means.
 
@@ -109,11 +97,11 @@ def list_catalog(catalog: CatalogView, only: Filter = Filter()) -> Listing:
     wanted = [
         (name, version)
         for name, of in aliases.items()
-        if (version := next(iter(listed[name].versions)) if only.alias is None else of.get(only.alias))
+        if (version := next(iter(listed[name].living)) if only.alias is None else of.get(only.alias))
     ]
     records = reader.records(listed, wanted)
     if only.adapter == "*":
-        newest = [next(iter(of.versions.values())) for of in listed.values()]
+        newest = [next(iter(of.living.values())) for of in listed.values()]
         reader.save(listed, aliases, newest)
     return Listing(
         rows=tuple((record, aliases[name]) for (name, _), record in records.items() if only.fits(record)),
@@ -135,16 +123,15 @@ def list_versions(catalog: CatalogView) -> Histories:
     wanted = [
         (name, version)
         for name, of in aliases.items()
-        for at, version in enumerate(listed[name].versions)
+        for at, version in enumerate(listed[name].living)
         if at < most or version in of.values()
     ]
     by_name: dict[str, list[AdapterRecord]] = defaultdict(list)
     for (name, _), record in reader.records(listed, wanted).items():
         by_name[name].append(record)
-    reader.save(listed, aliases, (listed[name].versions[version] for name, version in wanted))
+    reader.save(listed, aliases, (listed[name].living[version] for name, version in wanted))
     adapters = [
-        History(tuple(records), len(listed[name].versions), aliases[name])
-        for name, records in by_name.items()
+        History(tuple(records), len(listed[name].living), aliases[name]) for name, records in by_name.items()
     ]
     return Histories(tuple(adapters), tuple(sorted(reader.damaged)), reader.notes)
 
@@ -161,26 +148,28 @@ class _Reader:
     def notes(self) -> tuple[str, ...]:
         return (self._snapshot.note,) if self._snapshot.note else ()
 
-    def aliases(self, listed: Mapping[str, _Listed]) -> dict[str, dict[str, int]]:
+    def aliases(self, listed: Mapping[str, Listed]) -> dict[str, dict[str, int]]:
         """Version that each alias means, of each adapter but those with a damaged one."""
-        contents = self._snapshot.contents(info for of in listed.values() for _, info in of.moves.values())
+        contents = self._snapshot.contents(
+            info for of in listed.values() for _, info in _last_moves(of).values()
+        )
         found = {}
         for name, of in listed.items():
             try:
                 found[name] = {
                     alias: self._alias_entry(name, alias, number, contents.get(info.key)).version
-                    for alias, (number, info) in of.moves.items()
+                    for alias, (number, info) in _last_moves(of).items()
                 }
             except CatalogError as error:
                 self.damaged.append(str(error))
         return found
 
     def records(
-        self, listed: Mapping[str, _Listed], wanted: Iterable[tuple[str, int]]
+        self, listed: Mapping[str, Listed], wanted: Iterable[tuple[str, int]]
     ) -> dict[tuple[str, int], AdapterRecord]:
         """The records of versions by adapter and number, but for damaged ones."""
         wanted = list(wanted)
-        present = [listed[name].versions.get(version) for name, version in wanted]
+        present = [listed[name].living.get(version) for name, version in wanted]
         contents = self._snapshot.contents(filter(None, present))
         found = {}
         for name, version in wanted:
@@ -193,7 +182,7 @@ class _Reader:
 
     def save(
         self,
-        listed: Mapping[str, _Listed],
+        listed: Mapping[str, Listed],
         aliases: Mapping[str, Mapping[str, int]],
         records: Iterable[ObjectInfo],
     ) -> None:
@@ -216,27 +205,20 @@ class _Reader:
 
 
 def _useful(
-    listed: Mapping[str, _Listed], aliases: Mapping[str, Mapping[str, int]], records: Iterable[ObjectInfo]
+    listed: Mapping[str, Listed], aliases: Mapping[str, Mapping[str, int]], records: Iterable[ObjectInfo]
 ) -> Iterator[ObjectInfo]:
     yield from records
     for name, of in aliases.items():
-        yield from (info for _, info in listed[name].moves.values())
-        yield from (listed[name].versions[at] for at in of.values() if at in listed[name].versions)
+        yield from (info for _, info in _last_moves(listed[name]).values())
+        yield from (listed[name].living[at] for at in of.values() if at in listed[name].living)
 
 
-def _listed(storage: Storage) -> dict[str, _Listed]:
-    """What stands under each adapter's name, from one listing; adapters without any version are left out."""
-    adapters: dict[str, _Listed] = defaultdict(_Listed)
-    for info in storage.list(ADAPTERS):
-        folder, number = next(numbers([info]), ("", 0))
-        match folder.split("/"):
-            case [_, name, "versions", ""] if NAME.fullmatch(name):
-                adapters[name].versions[number] = info
-            case [_, name, "removed", ""]:
-                adapters[name].removed.add(number)
-            case [_, name, "aliases", alias, ""] if NAME.fullmatch(alias) and not VERSION.fullmatch(alias):
-                # The newest sorts first.
-                adapters[name].moves.setdefault(alias, (number, info))
-    for of in adapters.values():
-        of.versions = {number: info for number, info in of.versions.items() if number not in of.removed}
-    return {name: of for name, of in adapters.items() if of.versions}
+def _listed(storage: Storage) -> dict[str, Listed]:
+    """What stands under each adapter's name; adapters without any version left are left out."""
+    adapters, _ = by_adapter(storage.list(ADAPTERS))
+    return {name: of for name, of in adapters.items() if of.living}
+
+
+def _last_moves(listed: Listed) -> dict[str, tuple[int, ObjectInfo]]:
+    """Number and object of the last move of each alias."""
+    return {alias: next(iter(moves.items())) for alias, moves in listed.moves.items()}

@@ -2,19 +2,19 @@
 
 import difflib
 import hashlib
-import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, ValidationError
 
+from raytune_ft.catalog.folders import new_folder
 from raytune_ft.catalog.layout import (
     ADAPTERS,
+    BLOBS,
+    CACHE,
+    PUBLISHES,
     alias_prefix,
     aliases_prefix,
     blob_key,
@@ -23,6 +23,7 @@ from raytune_ft.catalog.layout import (
     removed_prefix,
     versions_prefix,
 )
+from raytune_ft.catalog.listed import by_adapter
 from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, UtcTime, parse_record
 from raytune_ft.catalog.signing import Trust
 from raytune_ft.catalog.who import WHO_CHARACTERS
@@ -32,7 +33,6 @@ from raytune_ft.storage import Storage, disk_errors, join_uri
 
 REASON_CHARACTERS = 500
 _NAMED_AT_MOST = 10
-_READERS = 8
 
 
 def _check_printable(text: str) -> str:
@@ -57,6 +57,8 @@ class AliasEntry(Entry):
     """User and machine, as far as they are known; one line that no terminal obeys."""
     restores: PositiveInt | None = None
     """Number of the earlier move whose state a rollback restores; None for all other moves."""
+    highest: PositiveInt | None = None
+    """Highest version that the alias has meant, up to this move; None where it was not written down."""
 
 
 class Removal(Entry):
@@ -95,20 +97,17 @@ class CatalogView:
             CatalogError: there is no such adapter, version or alias, it is removed, or the record is damaged.
             StorageError: the store cannot be read.
         """
-        adapter, at, selector = reference.partition("@")
-        if not NAME.fullmatch(adapter) or (at and not NAME.fullmatch(selector)):
-            raise CatalogError(f"{reference!r:.200}: not a reference; write NAME, NAME@v3 or NAME@ALIAS")
-        number = VERSION.fullmatch(selector)
-        if not selector:
+        adapter, selector, number = split_reference(reference)
+        if number is not None:
+            version = number
+        elif selector:
+            _, entry = self.newest_alias_entry(adapter, selector)
+            version = entry.version if entry else 0
+        else:
             version = self.newest_living(adapter)
             if version:
                 return self.read(adapter, version)
             version = self.newest_version(adapter)
-        elif number:
-            version = int(number[1])
-        else:
-            _, entry = self.newest_alias_entry(adapter, selector)
-            version = entry.version if entry else 0
         if not version:
             raise CatalogError(self._not_found(adapter, selector))
         return self.read_living(adapter, version)
@@ -119,13 +118,42 @@ class CatalogView:
         Raises:
             CatalogError: it is not there, removed, or damaged.
         """
-        record = self.read(adapter, version)
-        removal = self.read_removal(adapter, version)
+        record = self.find_living(adapter, version)
+        if record is None:
+            raise CatalogError(self._not_found(adapter, f"v{version}"))
+        return record
+
+    def find_living(self, adapter: str, version: int) -> AdapterRecord | None:
+        """Like `read_living`, and None where there is no such version: it lists nothing for a message."""
+        content = self.read_record(adapter, version)
+        if content is None:
+            return None
+        record = self._parse(content, adapter, version)
+        self.check_living(record)
+        return record
+
+    def check_living(self, record: AdapterRecord) -> None:
+        """Refuse a version that is removed.
+
+        Raises:
+            CatalogError: it is, or the note of it is damaged.
+        """
+        removal = self.read_removal(record.adapter, record.version)
         if removal is not None:
             raise CatalogError(
-                f"{self.uri}: {removal}; restore it with: raytune-ft catalog restore {adapter}@v{version}"
+                f"{self.uri}: {removal}; restore it with: raytune-ft catalog restore {record.reference}"
             )
-        return record
+
+    def check_there(self) -> None:
+        """Refuse a place where nothing of a catalog is, as a wrong name and a disk that is not mounted are.
+
+        Raises:
+            CatalogError: there is no adapter, content, note of a publish or tokenised data.
+            StorageError: the store cannot be read.
+        """
+        kinds = (ADAPTERS, BLOBS, PUBLISHES, CACHE)
+        if not any(next(self.storage.list(prefix, 1), None) for prefix in kinds):
+            raise CatalogError(f"{self.uri}: holds no adapter; check the name")
 
     def read(self, adapter: str, version: int) -> AdapterRecord:
         """The record of a version by its number, of a removed one too.
@@ -138,24 +166,10 @@ class CatalogView:
             raise CatalogError(self._not_found(adapter, f"v{version}"))
         return self._parse(content, adapter, version)
 
-    def list(self) -> list[AdapterRecord]:
-        """The record of the newest version of each adapter, by name; removed versions are not counted."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(lambda at: self.read(*at), self.newest_versions().items()))
-
     def newest_versions(self) -> dict[str, int]:
         """The newest version of each adapter that is not removed, by name, from one listing."""
-        newest: dict[str, int] = {}
-        removed: set[tuple[str, int]] = set()
-        for folder, version in numbers(self.storage.list(ADAPTERS)):
-            adapter = folder.removeprefix(ADAPTERS).partition("/")[0]
-            if not NAME.fullmatch(adapter):
-                continue
-            if folder == removed_prefix(adapter):  # It sorts before the versions.
-                removed.add((adapter, version))
-            elif folder == versions_prefix(adapter) and (adapter, version) not in removed:
-                newest.setdefault(adapter, version)
-        return newest
+        adapters, _ = by_adapter(self.storage.list(ADAPTERS))
+        return {name: next(iter(of.living)) for name, of in adapters.items() if of.living}
 
     def versions(self, adapter: str) -> Sequence[int]:
         """All versions of an adapter, removed ones too, ascending; none where there is no such adapter."""
@@ -165,39 +179,37 @@ class CatalogView:
         """The versions of an adapter that are removed."""
         return set(self._numbers(removed_prefix(adapter)))
 
+    def moves(self, adapter: str) -> Mapping[str, Sequence[int]]:
+        """Numbers of all moves of each alias of an adapter, descending, from one listing."""
+        adapters, _ = by_adapter(self.storage.list(aliases_prefix(adapter)))
+        return {alias: list(of) for found in adapters.values() for alias, of in found.moves.items()}
+
     def aliases(self, adapter: str) -> dict[str, int]:
         """Version that each alias of an adapter means now."""
-        prefix = aliases_prefix(adapter)
-        names = dict.fromkeys(
-            folder.removeprefix(prefix).removesuffix("/") for folder, _ in numbers(self.storage.list(prefix))
-        )
-        entries = {name: self.newest_alias_entry(adapter, name)[1] for name in names if NAME.fullmatch(name)}
-        return {name: entry.version for name, entry in entries.items() if entry}
+        return {
+            alias: self.read_alias_entry(adapter, alias, moves[0]).version
+            for alias, moves in self.moves(adapter).items()
+        }
+
+    def has_contents(self, record: AdapterRecord) -> bool:
+        """Whether all contents of a version are there, as far as their sizes tell."""
+        found = ((entry, self.storage.info(blob_key(entry.sha256))) for entry in record.files)
+        return all(info is not None and info.size_bytes == entry.size_bytes for entry, info in found)
 
     def pull(self, reference: str, to: Path, *, trust: Trust = Trust()) -> AdapterRecord:
         """Fetch the files of a version into a new folder, which appears complete or not at all.
 
         Raises:
-            CatalogError: no such version, its signature is refused, `to` is there and not empty, or a file is
-                not what was published.
+            CatalogError: no such version, its signature is refused, `to` is a link or there and not empty, or
+                a file is not what was published.
             StorageFull: no space is left.
             StorageError: the store or the disk failed.
         """
         record = self.resolve(reference)
         trust.check(record)
-        to = Path(os.path.abspath(to))
-        with disk_errors(str(to)):
-            if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-                raise CatalogError(f"{to}: is there already; name a new or empty folder")
-            to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = to.with_name(f".tmp-{uuid.uuid4().hex}")
-        try:
+        with new_folder(to) as folder:
             for entry in record.files:
-                self.fetch(record, entry, temporary / entry.name)
-            with disk_errors(str(to)):
-                temporary.rename(to)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                self.fetch(record, entry, folder / entry.name)
         return record
 
     def newest_version(self, adapter: str) -> int:
@@ -218,11 +230,20 @@ class CatalogView:
         Raises:
             CatalogError: the note is damaged.
         """
-        key = numbered(removed_prefix(adapter), version)
-        content = self._read_small(key)
-        if content is None:
-            return None
-        place = join_uri(self.uri, key)
+        content = self.read_removal_note(adapter, version)
+        return None if content is None else self.parse_removal(content, adapter, version)
+
+    def read_removal_note(self, adapter: str, version: int) -> bytes | None:
+        """The note that a version is removed as it is kept, or None where it is not."""
+        return self.read_small(numbered(removed_prefix(adapter), version))
+
+    def parse_removal(self, content: bytes, adapter: str, version: int) -> Removal:
+        """What the note says that was found for a version.
+
+        Raises:
+            CatalogError: it is damaged.
+        """
+        place = join_uri(self.uri, numbered(removed_prefix(adapter), version))
         try:
             removal = Removal.model_validate_json(content)
         except ValidationError:
@@ -251,14 +272,30 @@ class CatalogView:
         """
         key = numbered(alias_prefix(adapter, alias), number)
         try:
-            return AliasEntry.model_validate_json(self._read_small(key) or b"")
+            return AliasEntry.model_validate_json(self.read_small(key) or b"")
         except ValidationError:
             place = join_uri(self.uri, key)
             raise CatalogError(f"{place}: not an alias's entry; the object was altered or damaged") from None
 
     def read_record(self, adapter: str, version: int) -> bytes | None:
         """A version's record as it is kept, or None where there is no such version."""
-        return self._read_small(numbered(versions_prefix(adapter), version))
+        return self.read_small(numbered(versions_prefix(adapter), version))
+
+    def read_small(self, key: str) -> bytes | None:
+        """A note or record of the catalog, or None where there is none; not trusted to be of any size.
+
+        Raises:
+            CatalogError: it is too large to be one.
+        """
+        try:
+            with self.storage.open(key) as stream:
+                content = stream.read(MAX_RECORD_BYTES + 1)
+        except StorageMissing:
+            return None
+        if len(content) > MAX_RECORD_BYTES:
+            place = join_uri(self.uri, key)
+            raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
+        return content
 
     def fetch(self, record: AdapterRecord, entry: FileEntry, path: Path) -> None:
         """Fetch one file of a version to a path where none is.
@@ -305,18 +342,6 @@ class CatalogView:
     def _numbers(self, prefix: str) -> Iterator[int]:
         return (number for folder, number in numbers(self.storage.list(prefix)) if folder == prefix)
 
-    def _read_small(self, key: str) -> bytes | None:
-        """An object of the catalog's own, not trusted to be of any size."""
-        try:
-            with self.storage.open(key) as stream:
-                content = stream.read(MAX_RECORD_BYTES + 1)
-        except StorageMissing:
-            return None
-        if len(content) > MAX_RECORD_BYTES:
-            place = join_uri(self.uri, key)
-            raise CatalogError(f"{place}: above {MAX_RECORD_BYTES:,} bytes; the object is not the catalog's")
-        return content
-
     def _not_found(self, adapter: str, selector: str) -> str:
         versions = self.versions(adapter)
         if not versions:
@@ -329,6 +354,19 @@ class CatalogView:
             there = _some(f"v{version}" for version in reversed(versions) if version not in removed)
             return f"{self.uri}: {adapter} has no version {selector}; it has {there}"
         return f"{self.uri}: {adapter} has no alias {selector}; it has {_some(self.aliases(adapter))}"
+
+
+def split_reference(reference: str) -> tuple[str, str, int | None]:
+    """Adapter of a reference, what follows its '@', and the number where that is a version's.
+
+    Raises:
+        CatalogError: it is no reference.
+    """
+    adapter, at, selector = reference.partition("@")
+    if not NAME.fullmatch(adapter) or (at and not NAME.fullmatch(selector)):
+        raise CatalogError(f"{reference!r:.200}: not a reference; write NAME, NAME@v3 or NAME@ALIAS")
+    number = VERSION.fullmatch(selector)
+    return adapter, selector, int(number[1]) if number else None
 
 
 def _some(names: Iterable[str]) -> str:

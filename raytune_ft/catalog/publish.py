@@ -21,8 +21,9 @@ from raytune_ft.catalog.record import (
     file_name_problem,
     publish_id_of,
 )
-from raytune_ft.catalog.signing import Signer
+from raytune_ft.catalog.signing import Signer, fingerprint, is_valid, signed_bytes
 from raytune_ft.errors import CatalogError, StorageError
+from raytune_ft.spec.job import Name
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
 
 
@@ -30,7 +31,7 @@ class _Begun(Entry):
     """Note that a publish has begun; its own version, if there is one, is above `base_version`."""
 
     schema_version: Literal[1] = 1
-    adapter: str
+    adapter: Name
     base_version: NonNegativeInt
 
 
@@ -72,8 +73,8 @@ class Catalog(CatalogView):
         """Publish the next version: content first, the record last and once.
 
         A crash leaves nothing visible, and the same call completes it. A call that succeeded before returns
-        the version that it made then, whatever `draft` and `files` hold now. Content that was damaged in the
-        store is replaced, up to `contents.READ_BACK_BYTES`.
+        the version that it made then, whatever `draft` and `files` hold now. What is gone from the store of
+        its contents is written again, and what is damaged replaced, up to `contents.READ_BACK_BYTES`.
 
         Args:
             draft: what the record says.
@@ -82,7 +83,8 @@ class Catalog(CatalogView):
             signer: signs the record; None: it has no signature.
 
         Raises:
-            CatalogError: a file may not be part of a version, or the id stands for another adapter.
+            CatalogError: a file may not be part of a version, the id stands for another adapter, or for a
+                version that is removed or not signed by `signer`.
             StorageError: the store or a disk failed; nothing of the version is visible.
         """
         if not PUBLISH_ID.fullmatch(publish_id):
@@ -95,16 +97,22 @@ class Catalog(CatalogView):
         base_version = self._begin(draft.adapter, publish_id)
         done, newest = self._find(draft.adapter, publish_id, base_version)
         if done is not None:
+            self.check_living(done)
+            given = {entry.sha256: files[entry.name] for entry in entries}
+            held = {entry: given[entry.sha256] for entry in done.files if entry.sha256 in given}
+            ContentWriter(self.storage, held).repair()
+            check_signed(self, done, signer)
             return done
         contents = ContentWriter(self.storage, {entry: files[entry.name] for entry in entries})
         contents.write()
         contents.complete()
         record = self._claim(draft, entries, publish_id, newest + 1, signer)
         contents.complete()
+        check_signed(self, record, signer)
         return record
 
     def published(self, adapter: str, publish_id: str) -> AdapterRecord | None:
-        """The version that a publish made, or None where it made none yet. Writes nothing.
+        """The version that a publish made, removed or not, or None where it made none yet. Writes nothing.
 
         Raises:
             CatalogError: the id stands for another adapter, or the version's record is damaged.
@@ -130,8 +138,8 @@ class Catalog(CatalogView):
             adapter: whose alias.
             alias: its name.
             version: what it shall mean.
-            forward_only: leave the alias where it means a newer version already, as it does when somebody
-                else has published since.
+            forward_only: leave the alias where it is if it has ever meant this version or a newer one:
+                somebody has published since, or rolled the alias back.
             expect: the version that the alias must mean now, 0 for none; of several who expect the same at
                 once one moves it. None: whatever it means.
 
@@ -171,7 +179,8 @@ class Catalog(CatalogView):
     def _find(self, adapter: str, publish_id: str, base_version: int) -> tuple[AdapterRecord | None, int]:
         """The version that this publish made, if it did, and the newest version of all."""
         newest = self.newest_version(adapter)
-        for version in range(newest, base_version, -1):
+        # Upwards, since a publish that was not cut off made the first or one of the first.
+        for version in range(base_version + 1, newest + 1):
             content = self.read_record(adapter, version)
             # Of others' records nothing is asked but the id: a damaged one must not stop all who follow.
             if content is not None and publish_id_of(content) == publish_id:
@@ -211,6 +220,29 @@ class Catalog(CatalogView):
             if publish_id_of(taken) == publish_id:
                 return self._parse(taken, draft.adapter, version)
             version += 1
+
+
+def check_signed(catalog: CatalogView, record: AdapterRecord, signer: Signer | None) -> None:
+    """Refuse a version that stood there already and that a signer, if there is one, has not signed.
+
+    Raises:
+        CatalogError: says who has.
+    """
+    found = record.signature
+    if signer is None:
+        return
+    if found is None:
+        problem = "has no signature"
+    elif found.public_key != signer.public_key:
+        problem = f"is signed by {fingerprint(found.public_key)}"
+    elif not is_valid(found, signed_bytes(record)):
+        problem = "its signature is not one of this record"
+    else:
+        return
+    raise CatalogError(
+        f"{catalog.uri}: {record.reference} is there already and {problem}; a record is never changed, so it "
+        "cannot be signed any more; leave out the signature, or publish into another catalog"
+    )
 
 
 def _describe(adapter: str, name: str, path: Path) -> FileEntry:

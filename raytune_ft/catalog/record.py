@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,8 +11,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -23,10 +22,13 @@ from raytune_ft.storage import join_uri
 
 SCHEMA_VERSION = 1
 MAX_RECORD_BYTES = 16 << 20
+MOST_SOURCES = 1000
+"""Versions that one may be merged from."""
 FILE_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
 """None of these runs code when it is loaded; pickles (.bin, .pt, .pkl) do."""
 PUBLISH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PART_CHARACTERS = 60
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _REFERENCE = re.compile(f"{NAME.pattern}@{VERSION.pattern}")
@@ -51,6 +53,15 @@ def file_name_problem(name: str) -> str | None:
     return None
 
 
+def publishable_files(folder: Path) -> dict[str, Path]:
+    """The files in a folder that may be part of a version, by name.
+
+    A model that came with code is published without it: a catalog holds nothing that runs.
+    """
+    written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
+    return {file.relative_to(folder).as_posix(): file for file in written}
+
+
 def _check_file_name(name: str) -> str:
     problem = file_name_problem(name)
     if problem is not None:
@@ -58,6 +69,8 @@ def _check_file_name(name: str) -> str:
     return name
 
 
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""JSON has numbers of any length; whatever a count goes through later has not."""
 Sha256 = Annotated[str, _matching(_SHA256, "64 of 0-9 and a-f")]
 UtcTime = Annotated[str, _matching(_TIME, "an ISO time in UTC")]
 
@@ -73,7 +86,7 @@ class FileEntry(Entry):
 
     name: Annotated[str, AfterValidator(_check_file_name)]
     sha256: Sha256
-    size_bytes: NonNegativeInt
+    size_bytes: Count
 
 
 class BaseModelRef(Entry):
@@ -114,11 +127,11 @@ class RecordDraft(Entry):
     """The whole job, resolved."""
     data: dict[str, Any]
     """Fingerprint and counts of the training data."""
-    seed: int
-    steps: NonNegativeInt
-    tokens: NonNegativeInt
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+    steps: Count
+    tokens: Count
     """All tokens that were trained on, each time they were."""
-    learned_tokens: NonNegativeInt
+    learned_tokens: Count
     """Those of them that had a label."""
     loss: FiniteFloat | None
     """Mean over the learned tokens of the last step; None where nothing was trained."""
@@ -132,7 +145,7 @@ class RecordDraft(Entry):
     """How much worse the model became at what it was not trained on; None where that was not measured."""
     parent: str | None = None
     """Reference of the version that training began from, if any."""
-    merged_from: tuple[str, ...] = ()
+    merged_from: Annotated[tuple[str, ...], Field(max_length=MOST_SOURCES)] = ()
     """References of the versions whose weights were combined, if it was not trained."""
     origin: Origin | None = None
     """Where a copy comes from; `parent` and `merged_from` mean that catalog then."""
@@ -142,7 +155,7 @@ class AdapterRecord(RecordDraft):
     """One published version."""
 
     schema_version: Literal[1] = 1
-    version: PositiveInt
+    version: Annotated[int, Field(ge=1, le=2**63 - 1)]
     publish_id: Annotated[str, _matching(PUBLISH_ID, "1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-'")]
     created_at: UtcTime
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
@@ -183,17 +196,17 @@ def parse_record(content: bytes, adapter: str, version: int, place: str) -> Adap
     Raises:
         CatalogError: it is damaged, of another schema, or the record of another version.
     """
-    schema = _field(content, "schema_version")
-    if schema != SCHEMA_VERSION:
-        raise CatalogError(
-            f"{place}: has schema_version {schema!r:.40}, and this raytune-ft reads {SCHEMA_VERSION}; "
-            "install the version that published it"
-        )
     try:
         record = AdapterRecord.model_validate_json(content)
     except ValidationError as error:
+        schema = _field(content, "schema_version")
+        if schema != SCHEMA_VERSION:
+            raise CatalogError(
+                f"{place}: has schema_version {schema!r:.40}, and this raytune-ft reads {SCHEMA_VERSION}; "
+                "install the version that published it"
+            ) from None
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "record"
+        where = ".".join(_part(str(part)) for part in first["loc"]) or "record"
         message = f"{place}: not a record of this catalog: {where}: {first['msg']}"
         raise CatalogError(f"{message}; the object was altered or damaged") from None
     if (record.adapter, record.version) != (adapter, version):
@@ -206,6 +219,11 @@ def parse_record(content: bytes, adapter: str, version: int, place: str) -> Adap
 def publish_id_of(content: bytes) -> object:
     """The publish id of a record, whatever else is wrong with it; None where there is none."""
     return _field(content, "publish_id")
+
+
+def _part(text: str) -> str:
+    """Part of a field's path, which may be any key that the JSON has."""
+    return text if text.isprintable() and len(text) <= _PART_CHARACTERS else f"{text[:_PART_CHARACTERS]!r}…"
 
 
 def _field(content: bytes, name: str) -> object:

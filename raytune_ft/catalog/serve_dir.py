@@ -8,8 +8,12 @@ Each file is replaced at once, an adapter's two files are not. A folder without 
 somebody else's, and nothing in it is touched.
 """
 
+import hashlib
 import json
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,17 +21,22 @@ from typing import Literal
 from pydantic import PositiveInt, ValidationError
 
 from raytune_ft.catalog.aliases import check_alias
-from raytune_ft.catalog.layout import ADAPTERS, BLOBS, CACHE, PUBLISHES
+from raytune_ft.catalog.layout import ADAPTERS
+from raytune_ft.catalog.listed import by_adapter
 from raytune_ft.catalog.lookup import CatalogView
-from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry
-from raytune_ft.catalog.signing import Trust
+from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, Sha256
+from raytune_ft.catalog.signing import Trust, signed_bytes
 from raytune_ft.errors import CatalogError
 from raytune_ft.spec.job import NAME
-from raytune_ft.storage import Storage, disk_errors, join_uri
+from raytune_ft.storage import ObjectInfo, Storage, disk_errors, join_uri
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MARKER = ".raytune_ft.json"
+_THREADS = 8
+
+_Standing = Mapping[str, ObjectInfo]
+"""What stands in an adapter's folder, by name."""
 
 
 class ServedMark(Entry):
@@ -40,6 +49,8 @@ class ServedMark(Entry):
     version: PositiveInt
     publish_id: str
     """Tells a version of a catalog that was emptied and filled again."""
+    record_sha256: Sha256 | None = None
+    """Of what a signature of the record is over, so of all that was served; older markers have none."""
     config_bytes: int
     weights_bytes: int
     complete: bool
@@ -55,8 +66,18 @@ class ServeDirResult:
     removed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Notes: what the alias means and no server of adapters can load."""
+    notes: list[str] = field(default_factory=list)
+    """What is no problem, and perhaps not what was meant."""
     problems: list[str] = field(default_factory=list)
     """What could not be brought in step, and stands as it was."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What became of one adapter."""
+
+    kind: Literal["copied", "unchanged", "skipped", "problem"]
+    text: str
 
 
 def update_serve_dir(
@@ -78,41 +99,52 @@ def update_serve_dir(
     """
     check_alias(alias)
     _check_apart(catalog, to)
-    result = ServeDirResult()
-    wanted: set[str] = set()
-    adapters = catalog.newest_versions()
-    if not adapters:
+    listed, _ = by_adapter(catalog.storage.list(ADAPTERS))
+    if not any(of.living for of in listed.values()):
         # More likely a wrong name or a disk that is not mounted than a catalog that shall serve nothing.
         raise CatalogError(
             f"{catalog.uri}: holds no adapter; nothing in {to.uri} was touched; check the name"
         )
-    for adapter in adapters:
+    folders: defaultdict[str, dict[str, ObjectInfo]] = defaultdict(dict)
+    for info in to.list():
+        adapter, inside, name = info.key.partition("/")
+        if inside:
+            folders[adapter][name] = info
+
+    moves = {adapter: next(iter(of.moves[alias])) for adapter, of in listed.items() if alias in of.moves}
+
+    def bring(adapter: str) -> _Done:
         try:
-            _, entry = catalog.newest_alias_entry(adapter, alias)
-            if entry is None:
-                continue
-            wanted.add(adapter)
+            entry = catalog.read_alias_entry(adapter, alias, moves[adapter])
             record = catalog.read_living(adapter, entry.version)
             trust.check(record)
-            reason = _unfit(record)
-            if reason is not None:
-                wanted.discard(adapter)
-                result.skipped.append(f"{record.reference}: {reason}")
-                continue
-            done = result.copied if _serve(catalog, record, alias, to) else result.unchanged
-            done.append(record.reference)
+            return _bring(catalog, record, alias, to, folders.get(adapter, {}))
         except CatalogError as error:
-            wanted.add(adapter)
-            result.problems.append(str(error))
-    result.removed.extend(_remove_others(catalog, alias, to, wanted))
+            return _Done("problem", str(error))
+
+    result = ServeDirResult()
+    lists = {
+        "copied": result.copied,
+        "unchanged": result.unchanged,
+        "skipped": result.skipped,
+        "problem": result.problems,
+    }
+    kept: set[str] = set()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for adapter, done in zip(moves, threads.map(bring, moves), strict=True):
+            lists[done.kind].append(done.text)
+            if done.kind != "skipped":
+                kept.add(adapter)
+    if not moves:
+        result.notes.append(f"no adapter of {catalog.uri} has the alias {alias}")
+    others = {adapter: standing for adapter, standing in folders.items() if adapter not in kept}
+    result.removed.extend(_remove(catalog, alias, to, others))
     return result
 
 
 def _check_apart(catalog: CatalogView, to: Storage) -> None:
-    for folder in ("", ADAPTERS, BLOBS, CACHE, PUBLISHES, "runs/"):
-        taken = join_uri(catalog.uri, folder).rstrip("/")
-        if to.uri == taken or (folder and to.uri.startswith(f"{taken}/")):
-            raise CatalogError(f"{to.uri}: the catalog keeps its own things there; name another folder")
+    if f"{to.uri}/".startswith(f"{catalog.uri.rstrip('/')}/"):
+        raise CatalogError(f"{to.uri}: the catalog keeps its own things there; name another folder")
 
 
 def _unfit(record: AdapterRecord) -> str | None:
@@ -124,7 +156,22 @@ def _unfit(record: AdapterRecord) -> str | None:
     return f"has no {' and no '.join(missing)}" if missing else None
 
 
-def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage) -> bool:
+def _bring(
+    catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage, standing: _Standing
+) -> _Done:
+    """Bring one adapter's folder in step with the version that the alias means.
+
+    Raises:
+        CatalogError: the folder is somebody else's, or the version's content is damaged.
+    """
+    reason = _unfit(record)
+    if reason is not None:
+        return _Done("skipped", f"{record.reference}: {reason}")
+    copied = _serve(catalog, record, alias, to, standing)
+    return _Done("copied" if copied else "unchanged", record.reference)
+
+
+def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage, standing: _Standing) -> bool:
     """Let a version stand in its folder. False where it did already.
 
     Raises:
@@ -132,8 +179,8 @@ def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage)
     """
     folder = f"{record.adapter}/"
     entries = {entry.name: entry for entry in record.files}
-    mark = _read_mark(to, record.adapter)
-    if mark is None and next(to.list(folder, 1), None) is not None:
+    mark = _read_mark(to, record.adapter, standing)
+    if mark is None and standing:
         raise CatalogError(
             f"{join_uri(to.uri, folder)}: holds files and no {MARKER} of this command; nothing there was "
             "touched; remove them or name another folder"
@@ -143,7 +190,7 @@ def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage)
             f"{join_uri(to.uri, folder)}: serves {mark.adapter}@{mark.alias} of {mark.catalog}; nothing "
             "there was touched; name another folder"
         )
-    if mark is not None and _stands(to, mark, record):
+    if mark is not None and _stands(standing, mark, record):
         return False
     with tempfile.TemporaryDirectory(prefix="raytune-ft-") as temporary:
         for name in (CONFIG, WEIGHTS):
@@ -155,6 +202,7 @@ def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage)
             adapter=record.adapter,
             version=record.version,
             publish_id=record.publish_id,
+            record_sha256=_digest(record),
             config_bytes=len(config),
             weights_bytes=entries[WEIGHTS].size_bytes,
             complete=False,
@@ -169,13 +217,19 @@ def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage)
     return True
 
 
-def _stands(to: Storage, mark: ServedMark, record: AdapterRecord) -> bool:
+def _stands(standing: _Standing, mark: ServedMark, record: AdapterRecord) -> bool:
     """Whether the folder holds this version, as far as the marker and the sizes of the files tell."""
-    if not mark.complete or (mark.version, mark.publish_id) != (record.version, record.publish_id):
+    # Version and publish id are whatever a record says: without the digest, files that stood in another
+    # record under the same number would be taken for these.
+    served = (mark.version, mark.publish_id, mark.record_sha256)
+    if not mark.complete or served != (record.version, record.publish_id, _digest(record)):
         return False
     sizes = {CONFIG: mark.config_bytes, WEIGHTS: mark.weights_bytes}
-    found = {name: to.info(f"{record.adapter}/{name}") for name in sizes}
-    return all(info is not None and info.size_bytes == sizes[name] for name, info in found.items())
+    return all(name in standing and standing[name].size_bytes == size for name, size in sizes.items())
+
+
+def _digest(record: AdapterRecord) -> str:
+    return hashlib.sha256(signed_bytes(record)).hexdigest()
 
 
 def _config(record: AdapterRecord, entry: FileEntry, path: Path) -> bytes:
@@ -198,14 +252,11 @@ def _config(record: AdapterRecord, entry: FileEntry, path: Path) -> bytes:
     return json.dumps(config, indent=2).encode() + b"\n"
 
 
-def _remove_others(catalog: CatalogView, alias: str, to: Storage, wanted: set[str]) -> list[str]:
-    """Remove what this catalog and alias put there and do not mean any more; in folders, our files alone."""
+def _remove(catalog: CatalogView, alias: str, to: Storage, folders: Mapping[str, _Standing]) -> list[str]:
+    """Remove what this catalog and alias put into some folders; in each our files alone."""
     removed = []
-    for found in list(to.list()):
-        adapter, _, name = found.key.partition("/")
-        if name != MARKER or adapter in wanted or not NAME.fullmatch(adapter):
-            continue
-        mark = _read_mark(to, adapter)
+    for adapter, standing in folders.items():
+        mark = _read_mark(to, adapter, standing) if NAME.fullmatch(adapter) else None
         if mark is None or (mark.catalog, mark.alias) != (catalog.uri, alias):
             continue
         for name in (CONFIG, WEIGHTS, MARKER):
@@ -214,12 +265,11 @@ def _remove_others(catalog: CatalogView, alias: str, to: Storage, wanted: set[st
     return removed
 
 
-def _read_mark(to: Storage, adapter: str) -> ServedMark | None:
+def _read_mark(to: Storage, adapter: str, standing: _Standing) -> ServedMark | None:
     """The marker in an adapter's folder; None where there is none, or something else under its name."""
-    key = f"{adapter}/{MARKER}"
-    info = to.info(key)
-    if info is None or info.size_bytes > MAX_RECORD_BYTES:
+    if MARKER not in standing or standing[MARKER].size_bytes > MAX_RECORD_BYTES:
         return None
+    key = f"{adapter}/{MARKER}"
     try:
         mark = ServedMark.model_validate_json(to.read_or_none(key) or b"")
     except ValidationError:

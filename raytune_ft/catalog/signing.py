@@ -4,8 +4,9 @@ A signature is ed25519 (RFC 8032) over the record's JSON without its `signature`
 non-ASCII escaped. The record names each file by its sha256, so all of the version is covered; and the
 signature is a field of it, so that a version and its signature appear in one write.
 
-It does not say which version an alias means, nor that no newer one was taken away: whoever may write the
-catalog can still move an alias to another signed version of the same adapter.
+It does not say which version an alias means, nor that no newer one was taken away, nor which catalog: whoever
+may write the catalog can still move an alias to another signed version of the same adapter, and put there any
+version that the same key has signed in another catalog. Use a key for each.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raytune_ft.catalog.record import AdapterRecord, Signature
-from raytune_ft.errors import BadInput, CatalogError
+from raytune_ft.errors import BadInput, CatalogError, StorageMissing
 from raytune_ft.storage import disk_errors
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Trust:
 
         Raises:
             BadInput: a file or the variable holds anything else, or keys are required and none are given.
-            StorageError: a file cannot be read.
+            StorageError: a file cannot be read, though it is there.
         """
         if files:
             keys = frozenset(key for path in files for key in _read_public_keys(path))
@@ -215,8 +216,11 @@ def parse_public_keys(text: str, place: str) -> frozenset[str]:
 
 
 def _read_public_keys(path: Path) -> frozenset[str]:
-    with disk_errors(str(path)):
-        content = path.read_bytes()
+    try:
+        with disk_errors(str(path)):
+            content = path.read_bytes()
+    except StorageMissing as error:
+        raise BadInput(f"--trusted-keys {error}") from None
     return parse_public_keys(content.decode(errors="replace"), str(path))
 
 

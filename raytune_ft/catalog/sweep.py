@@ -13,8 +13,8 @@ Why no version loses a content, though publishers ask nobody and may use a conte
 - Before and after it writes its record, a publisher makes sure that all contents are there, and writes again
   what is gone. This is for uploads that take longer, and for a content that is written anew in the moment
   between the last look at its time and its deletion.
-- Files of a removed version are taken only once its `swept` note is there and it is seen to be still removed;
-  see `removal.py` for a restoration at the same moment. No clock matters for that.
+- Files of a removed version are taken only once its removal is settled so that nobody restores it; see
+  `removal.py`. No clock matters for that.
 
 Not covered: a content whose time was looked at before a publisher wrote it anew, and whose deletion arrives
 after that publisher's last look, so a request that is under way for longer than the rest of the publish; an
@@ -28,25 +28,15 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from raytune_ft.catalog.layout import (
-    ADAPTERS,
-    BLOBS,
-    CACHE,
-    numbered,
-    numbers,
-    removed_prefix,
-    swept_prefix,
-    versions_prefix,
-)
-from raytune_ft.catalog.lookup import CatalogView, Removal
-from raytune_ft.catalog.record import AdapterRecord, Entry, UtcTime
-from raytune_ft.catalog.who import who
-from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME
+from raytune_ft.catalog.layout import ADAPTERS, BLOBS, CACHE
+from raytune_ft.catalog.listed import by_adapter
+from raytune_ft.catalog.lookup import CatalogView
+from raytune_ft.catalog.record import AdapterRecord
+from raytune_ft.catalog.removal import settle
+from raytune_ft.errors import CatalogError, StorageDenied, StorageMissing
 from raytune_ft.storage import ObjectInfo, Storage, join_uri
 
 LEAST_AGE_S = 3600.0
@@ -60,14 +50,6 @@ _Version = tuple[str, int]
 _Read = TypeVar("_Read")
 
 
-class SweptNote(Entry):
-    """Note that files of a removed version may be gone, so that it is not restored."""
-
-    schema_version: Literal[1] = 1
-    swept_at: UtcTime
-    swept_by: str
-
-
 @dataclass(frozen=True)
 class Swept:
     """What was taken away, or would be, by key."""
@@ -75,6 +57,10 @@ class Swept:
     contents: tuple[ObjectInfo, ...]
     cached: tuple[ObjectInfo, ...]
     """Tokenised data, which the next run makes again."""
+    unfinished: tuple[str, ...] = ()
+    """Places of what writers that were killed have left of their uploads."""
+    note: str | None = None
+    """Why such uploads were not looked for."""
 
     @property
     def size_bytes(self) -> int:
@@ -94,7 +80,8 @@ def sweep(catalog: CatalogView, older_than_s: float, *, dry_run: bool = False) -
         dry_run: take nothing away, and tell what would be.
 
     Raises:
-        CatalogError: the age is below `LEAST_AGE_S`, or a record cannot be read: then nothing is taken.
+        CatalogError: the age is below `LEAST_AGE_S`, nothing of a catalog is there, or a record cannot be
+            read: then nothing is taken.
         StorageError: the store failed; the same call goes on.
     """
     if not older_than_s >= LEAST_AGE_S:
@@ -102,6 +89,7 @@ def sweep(catalog: CatalogView, older_than_s: float, *, dry_run: bool = False) -
             f"an age of {older_than_s:,.0f} s is too little: a younger content than {LEAST_AGE_S:,.0f} s may "
             "belong to a publish under way; name a longer one"
         )
+    catalog.check_there()
     storage = catalog.storage
     before = _present_time(storage) - older_than_s
     survey = _Survey(catalog, before)
@@ -109,10 +97,12 @@ def sweep(catalog: CatalogView, older_than_s: float, *, dry_run: bool = False) -
     chosen = list(_chosen(storage, BLOBS, _CONTENT, before, survey.named(except_for=condemned)))
     cached = list(_chosen(storage, CACHE, _CACHED, before, frozenset()))
     if dry_run:
-        return Swept(tuple(chosen), tuple(cached))
+        return Swept(tuple(chosen), tuple(cached), *_unfinished(storage, before, dry_run=True))
     taken: list[ObjectInfo] = []
     with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(partial(_note_swept, storage), survey.naming(condemned, chosen)))
+        naming = list(survey.naming(condemned, chosen))
+        may_go = threads.map(survey.settle_swept, naming)
+        condemned -= {at for at, may in zip(naming, may_go, strict=True) if not may}
         for start in range(0, len(chosen), _ROUND):
             survey.look()
             named = survey.named(except_for=condemned & survey.removed())
@@ -120,7 +110,7 @@ def sweep(catalog: CatalogView, older_than_s: float, *, dry_run: bool = False) -
             gone = threads.map(partial(_take, storage, before), free)
             taken += [found for found, done in zip(free, gone, strict=True) if done]
         list(threads.map(storage.delete, [found.key for found in cached]))
-    return Swept(tuple(taken), tuple(cached))
+    return Swept(tuple(taken), tuple(cached), *_unfinished(storage, before, dry_run=False))
 
 
 class _Survey:
@@ -130,7 +120,7 @@ class _Survey:
         self._catalog = catalog
         self._before = before
         self._records: dict[_Version, tuple[ObjectInfo, AdapterRecord]] = {}
-        self._removals: dict[_Version, tuple[ObjectInfo, Removal | None]] = {}
+        self._removals: dict[_Version, tuple[ObjectInfo, bytes | None]] = {}
         self.look()
 
     def look(self) -> None:
@@ -139,17 +129,11 @@ class _Survey:
         Raises:
             CatalogError: a record or a removal's note cannot be read.
         """
-        records: dict[_Version, ObjectInfo] = {}
-        removals: dict[_Version, ObjectInfo] = {}
-        for found in self._catalog.storage.list(ADAPTERS):
-            for folder, number in numbers([found]):
-                adapter = folder.removeprefix(ADAPTERS).partition("/")[0]
-                if NAME.fullmatch(adapter) and folder == versions_prefix(adapter):
-                    records[adapter, number] = found
-                elif NAME.fullmatch(adapter) and folder == removed_prefix(adapter):
-                    removals[adapter, number] = found
+        adapters, _ = by_adapter(self._catalog.storage.list(ADAPTERS))
+        records = {(name, at): info for name, of in adapters.items() for at, info in of.versions.items()}
+        removals = {(name, at): info for name, of in adapters.items() for at, info in of.removed.items()}
         self._records = _read_new(self._catalog.read, records, self._records)
-        self._removals = _read_new(self._catalog.read_removal, removals, self._removals)
+        self._removals = _read_new(self._read_note, removals, self._removals)
 
     def removed(self) -> set[_Version]:
         """The versions that are removed for longer than the limit."""
@@ -170,6 +154,17 @@ class _Survey:
         keys = {_sha256(found) for found in chosen}
         return (at for at in among if any(entry.sha256 in keys for entry in self._records[at][1].files))
 
+    def settle_swept(self, at: _Version) -> bool:
+        """Whether files of a removed version may be taken: nobody restores it, now or later."""
+        note = self._removals[at][1]
+        return note is not None and settle(self._catalog, at[0], note, "swept")
+
+    def _read_note(self, adapter: str, version: int) -> bytes | None:
+        content = self._catalog.read_removal_note(adapter, version)
+        if content is not None:
+            self._catalog.parse_removal(content, adapter, version)
+        return content
+
 
 def _read_new(
     read: Callable[[str, int], _Read],
@@ -184,6 +179,13 @@ def _read_new(
         except CatalogError as error:
             raise CatalogError(f"{error}; nothing is taken away while this cannot be read") from None
     return {at: (found, contents[at]) if at in contents else known[at] for at, found in listed.items()}
+
+
+def _unfinished(storage: Storage, before: float, *, dry_run: bool) -> tuple[tuple[str, ...], str | None]:
+    try:
+        return tuple(storage.discard_unfinished(before, dry_run=dry_run)), None
+    except StorageDenied as error:
+        return (), f"unfinished uploads were not looked for: {error}"
 
 
 def _present_time(storage: Storage) -> float:
@@ -209,14 +211,6 @@ def _chosen(
 
 def _sha256(found: ObjectInfo) -> str:
     return found.key.removeprefix(BLOBS)
-
-
-def _note_swept(storage: Storage, at: _Version) -> None:
-    adapter, version = at
-    note = SweptNote(swept_at=datetime.now(UTC).isoformat(timespec="milliseconds"), swept_by=who())
-    storage.write_once(
-        numbered(swept_prefix(adapter), version), note.model_dump_json(indent=1).encode() + b"\n"
-    )
 
 
 def _take(storage: Storage, before: float, found: ObjectInfo) -> bool:

@@ -3,19 +3,20 @@
 import hashlib
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from raytune_ft.catalog.layout import ADAPTERS, BLOBS, PUBLISHES, blob_key, numbers, publish_key
+from raytune_ft.catalog.layout import ADAPTERS, BLOBS, PUBLISHES, blob_key, publish_key
+from raytune_ft.catalog.listed import Listed, by_adapter
 from raytune_ft.catalog.lookup import AliasEntry, CatalogView, Removal
 from raytune_ft.catalog.record import AdapterRecord, FileEntry
 from raytune_ft.catalog.signing import Trust, fingerprint
 from raytune_ft.catalog.weights import LENGTH_BYTES, header_problem, length_problem
 from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.spec.job import NAME
 from raytune_ft.storage import Storage, join_uri
 
 _READERS = 8
@@ -38,15 +39,6 @@ class Verification:
     """What is no part of the catalog and does no harm, such as what a crashed publish left."""
 
 
-@dataclass
-class _Listed:
-    """What a listing shows of one adapter: numbers of its versions, removals, and moves of each alias."""
-
-    versions: set[int] = field(default_factory=set)
-    removed: set[int] = field(default_factory=set)
-    moves: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-
-
 @dataclass(frozen=True)
 class _Use:
     """One file of one version."""
@@ -67,9 +59,11 @@ def verify(
         trust: what is asked of signatures; a signer that is not trusted is noted where none is required.
 
     Raises:
-        CatalogError: the reference means nothing here.
+        CatalogError: the reference means nothing here, or nothing of a catalog is there.
         StorageError: the store failed, which says nothing about what it holds.
     """
+    if reference is None:
+        catalog.check_there()
     problems: list[str] = []
     notes: list[str] = []
     removed: set[str] = set()
@@ -78,7 +72,9 @@ def verify(
     else:
         if reference and not (NAME.fullmatch(reference) and catalog.newest_version(reference)):
             catalog.resolve(reference)
-        listed = _listed(catalog, reference, notes)
+        prefix = f"{ADAPTERS}{reference}/" if reference else ADAPTERS
+        listed, foreign = by_adapter(catalog.storage.list(prefix))
+        notes += [f"{join_uri(catalog.uri, found.key)}: not the catalog's" for found in foreign]
         records = _check_records(catalog, listed, problems)
         removed = {f"{name}@v{number}" for name, of in listed.items() for number in of.removed}
     uses: dict[str, list[_Use]] = defaultdict(list)
@@ -101,31 +97,8 @@ def verify(
     return Verification(len(records), len(uses), size_bytes, tuple(problems), tuple(notes))
 
 
-def _listed(catalog: CatalogView, adapter: str | None, notes: list[str]) -> dict[str, _Listed]:
-    """What stands under each adapter's name, from one listing."""
-    adapters: dict[str, _Listed] = defaultdict(_Listed)
-    for found in catalog.storage.list(f"{ADAPTERS}{adapter}/" if adapter else ADAPTERS):
-        numbered = next(numbers([found]), None)
-        match numbered[0].split("/") if numbered else []:
-            case [_, name, "versions", ""] if numbered and NAME.fullmatch(name):
-                adapters[name].versions.add(numbered[1])
-            case [_, name, "removed", ""] if numbered and NAME.fullmatch(name):
-                adapters[name].removed.add(numbered[1])
-            case [_, name, "swept", ""] if numbered and NAME.fullmatch(name):
-                pass  # What it says matters to a restoration alone.
-            case [_, name, "aliases", alias, ""] if numbered and _are_names(name, alias):
-                adapters[name].moves[alias].add(numbered[1])
-            case _:
-                notes.append(f"{join_uri(catalog.uri, found.key)}: not the catalog's")
-    return adapters
-
-
-def _are_names(adapter: str, alias: str) -> bool:
-    return all(map(NAME.fullmatch, (adapter, alias))) and not VERSION.fullmatch(alias)
-
-
 def _check_records(
-    catalog: CatalogView, adapters: Mapping[str, _Listed], problems: list[str]
+    catalog: CatalogView, adapters: Mapping[str, Listed], problems: list[str]
 ) -> list[AdapterRecord]:
     """The records that are sound; what is wrong with the others, and with the aliases, is added."""
     versions = [(name, number) for name, of in adapters.items() for number in sorted(of.versions)]
@@ -153,7 +126,7 @@ def _check_records(
     return [record for record in records if isinstance(record, AdapterRecord)]
 
 
-def _removal_problems(catalog: CatalogView, adapter: str, listed: _Listed) -> Iterator[str]:
+def _removal_problems(catalog: CatalogView, adapter: str, listed: Listed) -> Iterator[str]:
     for version in sorted(listed.removed):
         found = _attempt(partial(catalog.read_removal, adapter, version))
         if isinstance(found, str):
@@ -174,7 +147,7 @@ def _removal_of(catalog: CatalogView, adapter: str, alias: str) -> Removal | Non
 
 
 def _move_problem(
-    read: Mapping[tuple[str, str, int], AliasEntry], at: tuple[str, str, int], versions: set[int]
+    read: Mapping[tuple[str, str, int], AliasEntry], at: tuple[str, str, int], versions: Container[int]
 ) -> str | None:
     """What is wrong with a move, given the others that could be read."""
     entry, (name, alias, number) = read[at], at
@@ -184,6 +157,9 @@ def _move_problem(
     came_from = before.version if before else None
     if (before or number == 1) and entry.previous != came_from:
         return f"says that it came from {_version(entry.previous)}, and it came from {_version(came_from)}"
+    known = 0 if number == 1 else before.highest if before else None
+    if None not in (known, entry.highest) and entry.highest != max(known or 0, entry.version):
+        return f"says that v{entry.highest} is the highest version that it has meant, and it is not"
     if entry.restores is not None:
         restored = read.get((name, alias, entry.restores))
         if entry.restores >= number or (restored and restored.version != entry.version):
@@ -202,7 +178,7 @@ def _version(version: int | None) -> str:
     return "nothing" if version is None else f"v{version}"
 
 
-def _gap(place: str, found: set[int]) -> Iterator[str]:
+def _gap(place: str, found: Collection[int]) -> Iterator[str]:
     # Not a range up to the highest: a foreign object may bear any number.
     missing = max(found, default=0) - len(found)
     if missing:

@@ -3,6 +3,7 @@
 0 done, 2 bad input, 3 training failed, 4 storage trouble, 5 published, but a gate refused.
 """
 
+import io
 import json
 import os
 import sys
@@ -16,7 +17,9 @@ from typer.exceptions import TyperException
 from raytune_ft.catalog.gate import refusal_message
 from raytune_ft.cli.catalog import CatalogOption
 from raytune_ft.cli.catalog import app as catalog_app
-from raytune_ft.errors import GateRefused, RaytuneError, SpecError
+from raytune_ft.cli.catalog.base import plain
+from raytune_ft.cli.catalog.trust import RequireSignature, TrustedKeys, trust_of
+from raytune_ft.errors import GateRefused, RaytuneError, SpecError, StorageError
 from raytune_ft.spec import JobSpec, read_job
 
 app = typer.Typer(
@@ -134,9 +137,12 @@ def generate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
     ] = False,
+    require_signature: RequireSignature = False,
+    trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a published adapter on its base, or with a published model."""
+    trust = trust_of(require_signature, trusted_keys)
     from raytune_ft.evaluate.answer import answer_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -147,6 +153,7 @@ def generate(
         context=context,
         max_new_tokens=max_new_tokens,
         trust_remote_code=trust_remote_code,
+        trust=trust,
     )
     print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
 
@@ -161,8 +168,15 @@ def main() -> None:
     # Libraries that count, warn and draw on their own would hide what the command says.
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}.items():
         os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        # What others wrote may have letters that this terminal has not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        sys.exit(app(standalone_mode=False))
+        exit_code = app(standalone_mode=False)
+        if exit_code == INTERRUPTED:
+            raise KeyboardInterrupt  # What typer has made of one.
+        sys.exit(exit_code)
     except RaytuneError as error:
         _end(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -172,11 +186,16 @@ def main() -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _end("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        goes_on = "; the same command goes on from the last checkpoint" if "train" in sys.argv[1:2] else ""
+        _end(f"interrupted{goes_on}", INTERRUPTED)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = (error.strerror or str(error)).lower()
+        _end(f"{place}{reason}; check the file, the disk or the network", StorageError.exit_code)
     except TyperException as error:
         _end(f"{error.format_message()} See raytune-ft --help.", SpecError.exit_code)
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
-    print(f"raytune-ft: {message}", file=sys.stderr)  # noqa: T201  where messages go
+    print(f"raytune-ft: {plain(message).plain}", file=sys.stderr)  # noqa: T201  where messages go
     sys.exit(exit_code)

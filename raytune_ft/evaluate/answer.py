@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ValidationError
 
-from raytune_ft.catalog import AdapterRecord, Catalog
+from raytune_ft.catalog import AdapterRecord, Catalog, Trust
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.template import AUTO
 from raytune_ft.data.tokenise import ask
@@ -29,6 +29,7 @@ def answer_prompt(
     context: str = "",
     max_new_tokens: int,
     trust_remote_code: bool = False,
+    trust: Trust = Trust(),
 ) -> str:
     """Pull `reference`, load it, and answer `prompt` greedily, rendered as in its training.
 
@@ -40,14 +41,15 @@ def answer_prompt(
         max_new_tokens: the longest answer.
         trust_remote_code: run Python code that comes with the base. What the record says of it counts for
             nothing: whoever may write a catalog must not choose what runs here.
+        trust: what is asked of the version's signature.
 
     Raises:
-        CatalogError: the catalog does not hold it.
+        CatalogError: the catalog does not hold it, or its signature is refused.
         ModelError: its base is gone, or is another one by now.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pulled"
-        record = Catalog.at(catalog_uri).pull(reference, folder)
+        record = Catalog.at(catalog_uri).pull(reference, folder, trust=trust)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         spec, model = _load(record, folder, device, trust_remote_code)
         tokenizer = load_tokenizer(spec)

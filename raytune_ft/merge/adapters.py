@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from raytune_ft.catalog import AdapterRecord, Catalog
+from raytune_ft.catalog import AdapterRecord, Catalog, RecordDraft, Trust
 from raytune_ft.errors import CatalogError
 from raytune_ft.merge.combination import Combination, combine, combined_rank
 from raytune_ft.merge.lora_files import LoraAdapter, Pair, check_is_lora, read_adapter
@@ -25,7 +25,13 @@ from raytune_ft.spec import LoraSpec
 
 
 def combine_adapters(
-    catalog: Catalog, references: Sequence[str], how: Combination, *, name: str, alias: str | None = None
+    catalog: Catalog,
+    references: Sequence[str],
+    how: Combination,
+    *,
+    name: str,
+    alias: str | None = None,
+    trust: Trust = Trust(),
 ) -> AdapterRecord:
     """Combine LoRA adapters and publish the result. The same call returns the version that it made before.
 
@@ -36,45 +42,46 @@ def combine_adapters(
         references: at least two.
         how: made for as many.
         name: adapter that the result becomes the next version of.
-        alias: moves to it, unless it means a newer version.
+        alias: moves to it, unless it has meant this or a newer version.
+        trust: what is asked of the adapters' signatures.
 
     Raises:
-        CatalogError: an adapter is not there or no LoRA adapter, they are not of one base, or do not fit.
+        CatalogError: an adapter is not there, refused or no LoRA adapter, they are not of one base, or do not
+            fit.
         StorageError: the store or the disk failed; nothing of the version is visible.
     """
     check_names(name, alias)
     records = [catalog.resolve(reference) for reference in references]
     _check_alike(records)
-    job = job_of(records[0])
-    adapters = [read_adapter(catalog, record) for record in records]
-    if len({adapter.config.fan_in_fan_out for adapter in adapters}) > 1:
-        raise CatalogError(
-            f"{records[0].reference}: fan_in_fan_out of its {CONFIG_FILE} is not that of the others, which "
-            "cannot be on one base; publish it again"
-        )
+    adapters = [read_adapter(catalog, record, trust=trust) for record in records]
+    _check_one_layout(adapters)
     pairs = combine(adapters, how)
     rank = combined_rank(adapters, how.method)
     targets = tuple(sorted({target for adapter in adapters for target in adapter.config.target_modules}))
     method = LoraSpec(rank=rank, alpha=rank, targets=targets)
-    publishing = job.publish.model_copy(update={"adapter": name})
-    settings = how.settings()
-    draft = draft_of(
-        records,
-        name=name,
-        kind="adapter",
-        job=job.model_copy(update={"method": method, "publish": publishing}),
-        method={**method.model_dump(mode="json"), "combination": settings},
-        data=_data(records),
-        seed=how.seed or 0,
-    )
+    draft = _draft(records, method, how, name)
 
     def write(folder: Path) -> None:
         with saving(folder):
             _save(pairs, method, adapters[0], folder)
             write_card_and_job(draft, folder)
 
-    publish_id = publish_id_for(name, settings, records)
+    publish_id = publish_id_for(name, how.settings(), records)
     return publish_written(catalog, draft, write, publish_id=publish_id, alias=alias)
+
+
+def _draft(records: Sequence[AdapterRecord], method: LoraSpec, how: Combination, name: str) -> RecordDraft:
+    job = job_of(records[0])
+    publishing = job.publish.model_copy(update={"adapter": name})
+    return draft_of(
+        records,
+        name=name,
+        kind="adapter",
+        job=job.model_copy(update={"method": method, "publish": publishing}),
+        method={**method.model_dump(mode="json"), "combination": how.settings()},
+        data=_data(records),
+        seed=how.seed or 0,
+    )
 
 
 def _check_alike(records: Sequence[AdapterRecord]) -> None:
@@ -96,6 +103,14 @@ def _check_alike(records: Sequence[AdapterRecord]) -> None:
         raise CatalogError(
             f"{first.reference} was trained on the base {short_digest(first)}, and {listed} on another; "
             "only adapters of the same base can be merged"
+        )
+
+
+def _check_one_layout(adapters: Sequence[LoraAdapter]) -> None:
+    if len({adapter.config.fan_in_fan_out for adapter in adapters}) > 1:
+        raise CatalogError(
+            f"{adapters[0].record.reference}: fan_in_fan_out of its {CONFIG_FILE} is not that of the others, "
+            "which cannot be on one base; publish it again"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raytune_ft.catalog.record import MOST_SOURCES
 from raytune_ft.errors import CatalogError
 from raytune_ft.merge.lora_files import MAX_RANK, LoraAdapter, Pair
 
@@ -59,6 +60,8 @@ class Combination:
         """
         if method not in COMBINATIONS:
             raise CatalogError(f"--method {method!r:.60}: write one of {', '.join(COMBINATIONS)}")
+        if count > MOST_SOURCES:
+            raise CatalogError(f"catalog merge: {count:,} adapters; the limit is {MOST_SOURCES:,}")
         weights = (1 / count,) * count if weights is None else tuple(weights)
         if len(weights) != count:
             raise CatalogError(f"--weights: {len(weights)} for {count} adapters; give one for each")

@@ -1,11 +1,6 @@
 """An adapter added to the weights of its base: a model that loads without PEFT."""
 
 import logging
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from raytune_ft.catalog import AdapterRecord, Catalog, CatalogView, RecordDraft
-from raytune_ft.errors import CatalogError, ModelError
+from raytune_ft.catalog import AdapterRecord, Catalog, CatalogView, RecordDraft, Trust
+from raytune_ft.catalog.folders import new_folder
+from raytune_ft.errors import ModelError
 from raytune_ft.merge.lora_files import LoraAdapter, read_adapter
 from raytune_ft.merge.result import (
     check_names,
@@ -29,7 +25,6 @@ from raytune_ft.methods import saving
 from raytune_ft.methods.lora import linear_modules, linear_shape
 from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder
 from raytune_ft.spec import ModelSpec
-from raytune_ft.storage import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +55,7 @@ def merge_into_folder(
     base: str | None = None,
     base_weights: BaseWeights = "quantised",
     trust_remote_code: bool = False,
+    trust: Trust = Trust(),
 ) -> AdapterRecord:
     """Write the adapter and its base as one model folder, which appears complete or not at all.
 
@@ -71,17 +67,19 @@ def merge_into_folder(
         base_weights: of a base that was trained on in 4 or 8 bits: the values that training saw, or the
             weights as they were before that rounding.
         trust_remote_code: run Python code that comes with the base.
+        trust: what is asked of the adapter's signature.
 
     Returns:
         The adapter's record.
 
     Raises:
-        CatalogError: no such adapter, it cannot be merged, or `to` is there and not empty.
+        CatalogError: no such adapter, its signature is refused, it cannot be merged, or `to` is there and not
+            empty.
         ModelError: the base is gone, or is another one.
         StorageError: the store or the disk failed.
     """
-    with _new_folder(to) as folder:
-        merge = _prepare(catalog, reference, None, base, base_weights, trust_remote_code)
+    with new_folder(to) as folder:
+        merge = _prepare(catalog, reference, None, base, base_weights, trust_remote_code, trust)
         _write(merge, folder)
     return merge.adapter.record
 
@@ -95,6 +93,7 @@ def publish_merged(
     base: str | None = None,
     base_weights: BaseWeights = "quantised",
     trust_remote_code: bool = False,
+    trust: Trust = Trust(),
 ) -> AdapterRecord:
     """Publish the adapter and its base as one model; see `merge_into_folder`.
 
@@ -108,14 +107,15 @@ def publish_merged(
         base: where the base is now, if not where the record says.
         base_weights: see `merge_into_folder`.
         trust_remote_code: run Python code that comes with the base. The code is not published.
+        trust: what is asked of the adapter's signature.
 
     Raises:
-        CatalogError: no such adapter, or it cannot be merged or published so.
+        CatalogError: no such adapter, its signature is refused, or it cannot be merged or published so.
         ModelError: the base is gone, or is another one.
         StorageError: the store or the disk failed; nothing of the version is visible.
     """
     check_names(name, alias)
-    merge = _prepare(catalog, reference, name, base, base_weights, trust_remote_code)
+    merge = _prepare(catalog, reference, name, base, base_weights, trust_remote_code, trust)
     publish_id = publish_id_for(name, merge.draft.method, [merge.adapter.record])
     return publish_written(catalog, merge.draft, partial(_write, merge), publish_id=publish_id, alias=alias)
 
@@ -127,8 +127,9 @@ def _prepare(
     base: str | None,
     base_weights: BaseWeights,
     trust_remote_code: bool,
+    trust: Trust,
 ) -> _Merge:
-    adapter = read_adapter(catalog, catalog.resolve(reference))
+    adapter = read_adapter(catalog, catalog.resolve(reference), trust=trust)
     record = adapter.record
     job = job_of(record)
     quantised = job.model.weight_bits < 16 and base_weights == "quantised"
@@ -210,22 +211,10 @@ def _add_update(model: "PreTrainedModel", adapter: LoraAdapter) -> None:
         weight: torch.nn.Parameter = layer.weight  # type: ignore[assignment]  # of a linear layer
         if not isinstance(layer, torch.nn.Linear):
             update = update.T
-        weight.data = (weight.float() + update).to(weight.dtype)
-
-
-@contextmanager
-def _new_folder(to: Path) -> Iterator[Path]:
-    """A folder beside `to` that takes its name at the end, or is gone."""
-    to = Path(os.path.abspath(to))
-    temporary = to.with_name(f".tmp-{uuid.uuid4().hex}")
-    with disk_errors(str(to)):
-        if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-            raise CatalogError(f"{to}: is there already; name a new or empty folder")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    try:
-        yield temporary
-        with disk_errors(str(to)):
-            temporary.rename(to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        merged = (weight.float() + update).to(weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise ModelError(
+                f"{adapter.record.reference}: with its update {name} has weights that are no finite numbers "
+                f"in {merged.dtype}; the adapter's file was altered or damaged; publish it again"
+            )
+        weight.data = merged

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raytune_ft.catalog import AdapterRecord, CatalogView
+from raytune_ft.catalog import AdapterRecord, CatalogView, Trust
 from raytune_ft.catalog.record import MAX_RECORD_BYTES
 from raytune_ft.errors import CatalogError
 from raytune_ft.methods.lora import CONFIG_FILE, WEIGHTS_FILE
@@ -99,13 +99,14 @@ class LoraAdapter:
     """By the dotted path of the layer in the base."""
 
 
-def read_adapter(catalog: CatalogView, record: AdapterRecord) -> LoraAdapter:
+def read_adapter(catalog: CatalogView, record: AdapterRecord, *, trust: Trust = Trust()) -> LoraAdapter:
     """Fetch an adapter's config and weights.
 
     Raises:
-        CatalogError: it is no LoRA adapter, or its files are not what such an adapter has.
+        CatalogError: its signature is refused, it is no LoRA adapter, or its files are not what one has.
         StorageError: the store or the disk failed.
     """
+    trust.check(record)
     check_is_lora(record)
     entries = {entry.name: entry for entry in record.files}
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from raytune_ft import __version__
 from raytune_ft.catalog import AdapterRecord, Catalog, RecordDraft, check_alias, model_card
-from raytune_ft.catalog.record import FILE_SUFFIXES
+from raytune_ft.catalog.record import publishable_files
+from raytune_ft.catalog.removal import is_swept
 from raytune_ft.errors import CatalogError
 from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import JobSpec
@@ -81,9 +82,9 @@ def draft_of(
     )
 
 
-def write_card_and_job(draft: RecordDraft, folder: Path) -> None:
+def write_card_and_job(draft: RecordDraft, folder: Path, auto_class: str = "AutoModelForCausalLM") -> None:
     """README.md and job.json, as beside everything that is published."""
-    (folder / "README.md").write_text(model_card(draft))
+    (folder / "README.md").write_text(model_card(draft, auto_class))
     (folder / "job.json").write_text(json.dumps(draft.job, indent=2) + "\n")
 
 
@@ -107,18 +108,26 @@ def publish_written(
 ) -> AdapterRecord:
     """Publish what `write` puts into the folder that it is given, unless that was done before.
 
+    Where the version that it made before was removed and its files may be gone, it makes another.
+
     Raises:
+        CatalogError: the version that it made before is removed.
         StorageError: the catalog or the disk cannot be written; nothing of the version is visible.
     """
-    record = catalog.published(draft.adapter, publish_id)
-    if record is None:
+    catalog.check()
+    used = publish_id
+    record = catalog.published(draft.adapter, used)
+    while record is not None and is_swept(catalog, record):
+        # Nobody can restore it, and the same merge has the same id for ever.
+        used = f"{publish_id}-after-v{record.version}"
+        record = catalog.published(draft.adapter, used)
+    if record is not None:
+        catalog.check_living(record)
+    if record is None or not catalog.has_contents(record):
         with tempfile.TemporaryDirectory(prefix="raytune-ft-") as temporary:
             folder = Path(temporary)
             write(folder)
-            # A model that came with code is published without it: a catalog holds nothing that runs.
-            written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
-            files = {file.relative_to(folder).as_posix(): file for file in written}
-            record = catalog.publish(draft, files, publish_id=publish_id)
+            record = catalog.publish(draft, publishable_files(folder), publish_id=used)
     if alias is not None:
         # The same command may be repeated after somebody has published since.
         catalog.set_alias(record.adapter, alias, record.version, forward_only=True)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -102,6 +102,21 @@ class Storage(Protocol):
 
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a local file, which appears complete or not at all."""
+
+    def discard_unfinished(self, before: float, *, dry_run: bool = False) -> Sequence[str]:
+        """Take away what writers that died have left of their writes: no listing shows it.
+
+        Args:
+            before: only what was begun (in a folder: touched last) earlier, in seconds since the epoch
+                (UTC) by the store's own clock. A writer that is at work since then loses its write.
+            dry_run: take nothing away.
+
+        Returns:
+            The place of each, sorted: its uri, and in a bucket the upload's id too.
+
+        Raises:
+            StorageDenied: in a bucket this takes the right to list and abort uploads in parts.
+        """
 
 
 def check_key(key: str) -> str:

@@ -5,10 +5,10 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -75,7 +75,7 @@ class FolderStorage:
     def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         """See Storage."""
         with disk_errors(self.uri):
-            yield from islice(self._walk(self.root, "", check_prefix(prefix), ()), limit)
+            yield from islice(self._matching(check_prefix(prefix)), limit)
 
     def write(self, key: str, data: bytes | Path) -> None:
         """See Storage."""
@@ -109,6 +109,34 @@ class FolderStorage:
         with self.open(key) as stream:
             copy_to_file(stream, path)
 
+    def discard_unfinished(self, before: float, *, dry_run: bool = False) -> Sequence[str]:
+        """See Storage."""
+        with disk_errors(self.uri):
+            found = sorted(path for path in self._temporary_files() if _touched_before(path, before))
+            for path in [] if dry_run else found:
+                path.unlink(missing_ok=True)
+        return [str(path) for path in found]
+
+    def _temporary_files(self) -> Iterator[Path]:
+        # Not in the root alone: another storage may have a folder below as its own.
+        for folder, _, names in os.walk(self.root):
+            yield from (Path(folder, name) for name in names if name.startswith(TEMPORARY_PREFIX))
+
+    def _matching(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Files that match `prefix`, sorted; folders beside those that it names are not looked into."""
+        *names, _ = prefix.split("/")
+        folders = list(accumulate(names, Path.joinpath, initial=self.root))
+        if not folders[-1].is_dir():
+            self.check()  # For a file where the root should be.
+            return
+        try:
+            above = tuple(_identity(folder.stat()) for folder in folders[:-1])
+        except FileNotFoundError:
+            return  # Others may go while we look.
+        if len(set(above)) == len(above):
+            at = "".join(f"{name}/" for name in names)
+            yield from self._walk(folders[-1], at, prefix, above)
+
     def _walk(
         self, folder: Path, at: str, prefix: str, above: tuple[tuple[int, int], ...]
     ) -> Iterator[ObjectInfo]:
@@ -123,7 +151,7 @@ class FolderStorage:
                 names = [(entry.name, entry.is_dir()) for entry in entries]
         except FileNotFoundError:
             return  # The root is created by the first write; others may go while we look.
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(status)
         if identity in above:
             return
         # A folder sorts as its name and '/', so that the whole listing is in the order of full keys.
@@ -261,6 +289,17 @@ def copy_to_file(stream: IO[bytes], path: Path) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _touched_before(path: Path, before: float) -> bool:
+    try:
+        return path.lstat().st_mtime < before
+    except FileNotFoundError:
+        return False  # Its writer has ended meanwhile.
 
 
 def _size_of_source(path: Path) -> int:

@@ -127,6 +127,31 @@ class S3Storage:
         with self.open(key) as stream:
             copy_to_file(stream, path)
 
+    def discard_unfinished(self, before: float, *, dry_run: bool = False) -> Sequence[str]:
+        """See Storage."""
+        found = [
+            (upload["Key"].removeprefix(self._prefix), upload["UploadId"])
+            for upload in self._uploads()
+            if upload["Initiated"].timestamp() < before
+        ]
+        for key, upload_id in [] if dry_run else found:
+            send = partial(self._send, "abort_multipart_upload", key, UploadId=upload_id)
+            with suppress(NoObject, UploadGone):
+                retry(send, join_uri(self.uri, key))
+        return sorted(f"{join_uri(self.uri, key)} (upload {upload_id})" for key, upload_id in found)
+
+    def _uploads(self) -> Iterator[Mapping[str, Any]]:
+        """All uploads in parts that were begun and not ended."""
+        arguments = {"Bucket": self._bucket, "Prefix": self._prefix}
+        while True:
+            send = partial(self._connect().send, "list_multipart_uploads", self.uri, **arguments)
+            page = retry(send, self.uri)
+            yield from page.get("Uploads", ())
+            if not page["IsTruncated"]:
+                return
+            arguments["KeyMarker"] = page["NextKeyMarker"]
+            arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+
     def _request(self, operation: str, key: str, **arguments: Any) -> Any:
         return retry(partial(self._send, operation, key, **arguments), join_uri(self.uri, check_key(key)))
 

@@ -22,6 +22,7 @@ from ray.train import BackendConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog, Signer
+from raytune_ft.catalog.gate import as_of_now
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.order import plan_course
 from raytune_ft.data.prepare import (
@@ -117,7 +118,8 @@ def _done_before(run: Run, inputs: str, on_event: OnEvent) -> dict[str, Any] | N
     result = run.finished(inputs)
     if result is not None:
         on_event({"phase": "done before"})
-    return result
+        return as_of_now(result, Catalog.at(run.job.publish.catalog))
+    return None
 
 
 def _train_held(

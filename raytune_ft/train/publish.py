@@ -1,14 +1,14 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft import __version__
-from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer, model_card
-from raytune_ft.catalog.gate import refusals
-from raytune_ft.catalog.record import FILE_SUFFIXES
+from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer
+from raytune_ft.catalog.gate import refusals, verdict
+from raytune_ft.catalog.record import publishable_files
+from raytune_ft.merge.result import write_card_and_job
 from raytune_ft.methods import METHODS, saving
 from raytune_ft.models import Task
 from raytune_ft.provenance import library_versions, machine
@@ -55,11 +55,22 @@ def publish(
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
     """
-    method = METHODS[type(job.method)]
+    method, draft = METHODS[type(job.method)], _draft(job, position, data, scores_after)
+    with saving(folder):
+        if method.artifact == "model":
+            tokenizer.save_pretrained(folder)
+        write_card_and_job(draft, folder, _AUTO_CLASSES[task])
+    catalog, files = Catalog.at(job.publish.catalog), publishable_files(folder)
+    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
+
+
+def _draft(
+    job: JobSpec, position: Position, data: dict[str, Any], scores_after: dict[str, float] | None
+) -> RecordDraft:
     scores_before = position.before["scores"] if position.before else None
-    draft = RecordDraft(
+    return RecordDraft(
         adapter=job.adapter_name,
-        kind=method.artifact,
+        kind=METHODS[type(job.method)].artifact,
         base=BaseModelRef(path=job.model.path, digest=position.base_digest),
         method=job.method.model_dump(mode="json"),
         job=job.resolved(),
@@ -77,16 +88,6 @@ def publish(
         forgetting=forgetting(scores_before, scores_after),
         parent=None,
     )
-    with saving(folder):
-        if method.artifact == "model":
-            tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(draft, _AUTO_CLASSES[task]))
-        (folder / "job.json").write_text(json.dumps(job.resolved(), indent=2) + "\n")
-    # A model that came with code is published without it: a catalog holds nothing that runs.
-    written = (file for file in sorted(folder.rglob("*")) if file.name.endswith(FILE_SUFFIXES))
-    files = {file.relative_to(folder).as_posix(): file for file in written}
-    catalog = Catalog.at(job.publish.catalog)
-    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
 
 
 def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any]) -> str:
@@ -99,8 +100,7 @@ def move_alias(job: JobSpec, record: AdapterRecord) -> dict[str, Any] | None:
     """Let the job's alias mean a version, if it has an alias and its gate does not refuse.
 
     Returns:
-        What the gate said: `alias`, whether it `passed`, the reasons why it `refused`, and the
-        `alias_version` that the alias means now, None for none. None where the job has no gate.
+        What the gate said, see `gate.verdict`. None where the job has no gate.
 
     Raises:
         StorageError: the catalog cannot be read or written; the same call completes it.
@@ -117,5 +117,4 @@ def move_alias(job: JobSpec, record: AdapterRecord) -> dict[str, Any] | None:
         entry = catalog.set_alias(record.adapter, alias, record.version, forward_only=True)
     if gate is None:
         return None
-    means = None if entry is None else entry.version
-    return {"alias": alias, "passed": not refused, "refused": refused, "alias_version": means}
+    return verdict(alias, refused, record.version, None if entry is None else entry.version)

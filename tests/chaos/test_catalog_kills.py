@@ -15,7 +15,7 @@ from servers import S3Server, run_ceph
 pytestmark = pytest.mark.chaos
 
 SAMPLE = pytest.param((4, 12), id="sample")
-SMALLER_SAMPLE = pytest.param((4, 8), id="sample")
+SMALLER_SAMPLE = pytest.param((4, 6), id="sample")
 ALL = pytest.param((16, 200), id="all", marks=pytest.mark.slow)
 
 
@@ -44,7 +44,7 @@ def test_killed_publishers_behind_a_bad_network(
     chance = random.Random(0)
 
     def plan(request: Request) -> Fault | None:
-        return chance.choice(list(Fault)) if chance.random() < 0.05 else None
+        return chance.choice(list(Fault)) if chance.random() < 0.03 else None
 
     fault_proxy.plan = plan
     race = Race(f"s3://{bucket}/team", tmp_path / "work", *size)

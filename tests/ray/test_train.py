@@ -135,7 +135,7 @@ class TestKilled:
         killed: list[int] = []
         with pytest.raises(TrainingError, match=r"lost more than cluster.max_restarts = 0 times.*goes on"):
             train(fragile, tmp_path / "out", on_event=kill_once_kept(job.publish.catalog, killed))
-        assert Catalog.at(job.publish.catalog).list() == []
+        assert Catalog.at(job.publish.catalog).newest_versions() == {}
         started: list[int] = []
         result = train(
             fragile, tmp_path / "out", on_event=lambda event: started.append(event.get("step", -1))
@@ -213,7 +213,7 @@ class TestRefused:
     @pytest.fixture(autouse=True)
     def _nothing_published(self, job: JobSpec) -> Any:
         yield
-        assert Catalog.at(job.publish.catalog).list() == []
+        assert Catalog.at(job.publish.catalog).newest_versions() == {}
         assert not list(Path(job.publish.catalog).glob("runs/*/*/checkpoint_*"))
 
     def test_a_target_that_does_not_exist(self, job: JobSpec, tmp_path: Path) -> None:
@@ -282,4 +282,4 @@ def test_data_that_changed_under_a_run(job: JobSpec, capitals: Path, tmp_path: P
     own.write_text(own.read_text().replace("number 3", "number three"))
     with pytest.raises(DataError, match=r"^capitals: the data changed since this run began .*--restart$"):
         train(mine, tmp_path / "out")
-    assert Catalog.at(job.publish.catalog).list() == []
+    assert Catalog.at(job.publish.catalog).newest_versions() == {}

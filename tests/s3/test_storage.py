@@ -401,3 +401,25 @@ def test_the_region_is_taken_from_either_variable(monkeypatch: pytest.MonkeyPatc
     client = connect()
     assert client.api.meta.region_name == "eu-west-3"
     assert client.endpoint == "https://s3.eu-west-3.amazonaws.com"
+
+
+@s3
+def test_what_a_killed_upload_left_is_found(bucket: str, tmp_path: Path) -> None:
+    client = boto3.client("s3")
+    for key in ("prefix/large", "elsewhere"):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 100)
+    client.close()
+    storage = open_storage(f"s3://{bucket}/prefix")
+    storage.write("small", b"1")
+    began = storage.info("small")
+    assert began is not None
+    assert storage.discard_unfinished(began.modified_at - 3600) == []
+    later = began.modified_at + 3600
+    (left,) = storage.discard_unfinished(later, dry_run=True)
+    assert left.startswith(f"s3://{bucket}/prefix/large (upload ")
+    assert storage.discard_unfinished(later) == [left]
+    assert storage.discard_unfinished(later) == []
+    (other,) = open_storage(f"s3://{bucket}").discard_unfinished(later)
+    assert other.startswith(f"s3://{bucket}/elsewhere (upload ")
+    assert storage.read("small") == b"1"

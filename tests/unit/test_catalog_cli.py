@@ -52,6 +52,21 @@ def test_show(catalog: Catalog) -> None:
     assert len(record["files"]) == 3
 
 
+def test_the_uri_is_one_that_others_can_use(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(catalog.uri).parent)
+    for command in (["ls"], ["show", "capital"]):
+        found = json.loads(run(*command, "--catalog", "catalog", "--json"))
+        entry = found[0] if isinstance(found, list) else found
+        assert entry["uri"] == f"{catalog.uri}/adapters/capital/versions/9999999997.json"
+
+
+def test_show_says_what_a_version_was_made_from(catalog: Catalog, tmp_path: Path) -> None:
+    made = draft(adapter="made", parent="capital@v1", merged_from=("capital@v2", "other@v7"))
+    catalog.publish(made, adapter_files(tmp_path / "made"), publish_id="made")
+    lines = [" ".join(line.split()) for line in run("show", "made", "--catalog", catalog.uri).splitlines()]
+    assert {"continues capital@v1", "merged from capital@v2, other@v7"} <= set(lines)
+
+
 def test_pull(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert (

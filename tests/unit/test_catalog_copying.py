@@ -24,8 +24,10 @@ from raytune_ft.catalog import (
     copy_all_versions,
     copy_version,
     fingerprint,
+    roll_back,
     verify,
 )
+from raytune_ft.catalog.lineage import lineage_of
 from raytune_ft.catalog.removal import remove_version
 from raytune_ft.errors import BadInput, CatalogError
 from raytune_ft.storage import Storage
@@ -135,10 +137,12 @@ class TestOneVersion:
         assert copied.origin is not None
         assert (copied.origin.catalog, copied.origin.reference) == (source.uri, "capital@v2")
 
-    def test_an_alias_that_moves_back(self, source: Catalog, local: Catalog) -> None:
-        copy_version(source, local, "capital@v1", alias="production")
+    def test_again_no_alias_moves_back(self, source: Catalog, local: Catalog) -> None:
+        for name in ("v1", "v2", "v1"):
+            copy_version(source, local, f"capital@{name}", alias="production")
+        assert local.aliases("capital") == {"production": 2}
+        roll_back(local, "capital", "production")
         copy_version(source, local, "capital@v2", alias="production")
-        copy_version(source, local, "capital@v1", alias="production")
         assert local.aliases("capital") == {"production": 1}
 
 
@@ -149,6 +153,20 @@ class TestAllVersions:
         assert [copy.copied.parent for copy in copies] == [None, "capital@v1", "capital@v2"]
         assert target.aliases("capital") == {"production": 3}
         assert not verify(target).problems
+
+    def test_a_lineage_is_that_of_the_copies(self, source: Catalog, local: Catalog) -> None:
+        copy_all_versions(source, local, "capital")
+        found = lineage_of(local, "capital")
+        assert ([ancestor.record.version for ancestor in found.chain], found.broken) == ([3, 2, 1], None)
+
+    def test_a_lineage_takes_no_other_version_of_the_name(
+        self, source: Catalog, local: Catalog, tmp_path: Path
+    ) -> None:
+        publish(local, tmp_path, "own-1")
+        copy_version(source, local, "capital@v2")
+        found = lineage_of(local, "capital")
+        assert len(found.chain) == 1
+        assert found.broken == f"capital@v1: of {source.uri}; look there"
 
     def test_what_is_there_already_is_not_copied_twice(self, source: Catalog, local: Catalog) -> None:
         copy_version(source, local, "capital@v2")
@@ -292,7 +310,7 @@ class TestSignatures:
             copy_version(source, local, "capital", signer=SIGNER)
         assert str(caught.value) == (
             f"{local.uri}: capital@v1 is there already and has no signature; a record is never changed, so "
-            "it cannot be signed any more; leave out the signature, or copy into another catalog"
+            "it cannot be signed any more; leave out the signature, or publish into another catalog"
         )
         third = Catalog.at(str(tmp_path / "third"))
         first = copy_version(source, third, "capital", signer=SIGNER)
@@ -333,13 +351,15 @@ class TestCommands:
     def test_export(self, source: Catalog, local: Catalog) -> None:
         asked = ("export", "capital@best", "--catalog", source.uri, "--to", local.uri)
         told = f"capital@v2 of {source.uri} is capital@v1 in {local.uri}\n"
-        assert self.run(*asked, "--alias", "production") == told
+        meaning = "capital@production means v1 there\n"
+        assert self.run(*asked, "--alias", "production") == told + meaning
         assert self.run(*asked) == told
         assert json.loads(self.run(*asked, "--json")) == {
             "source": source.uri,
             "target": local.uri,
             "copies": [{"original": "capital@v2", "copy": "capital@v1"}],
             "alias": None,
+            "alias_version": None,
         }
         assert local.aliases("capital") == {"production": 1}
 

@@ -18,7 +18,7 @@ from raytune_ft.cli.catalog.page import app  # isort: skip
 from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, FileEntry
 from raytune_ft.catalog.listing import Histories, History
 from raytune_ft.catalog_page import CatalogPage, adapter_rows, write_catalog_page
-from raytune_ft.errors import StorageError
+from raytune_ft.errors import CatalogError, StorageError
 
 HOSTILE = (
     "</script></style></title><script>alert('1')</script><img src=x onerror=\"alert(2)\">{{ 7*7 }} & 'q'"
@@ -186,6 +186,43 @@ def test_an_empty_catalog(tmp_path: Path) -> None:
     assert "It holds no adapter yet" in written(page_of(), tmp_path).text
 
 
+def test_no_number_stops_the_page(tmp_path: Path) -> None:
+    odd = {"tiny": 5e-324, "large": 1.7e308, "other": -1.7e308, "none": 0.0}
+    flipped = {name: -value for name, value in odd.items()}
+    size = FileEntry(name="a.safetensors", sha256="a" * 64, size_bytes=2**63 - 1)
+    records = [
+        record(version=2 - at, scores_before=flipped, scores_after=scores, files=(size,), loss=1.7e308)
+        for at, scores in enumerate((odd, flipped))
+    ]
+    page = written(page_of(one(*records)), tmp_path)
+    assert "8,589,934,592.0 GiB" in page.text
+    coordinates = [str(of["d"]) for tag, of in page.tags if tag == "path"]
+    assert coordinates
+    assert not any("nan" in path or "inf" in path for path in coordinates)
+
+
+def test_more_aliases_than_points(tmp_path: Path) -> None:
+    records = [record(version=600 - at, scores_after={"bleu": float(at)}) for at in range(600)]
+    (row,) = adapter_rows(page_of(one(*records)))
+    assert [text.partition(":")[0] for _, _, text in row.charts[0].points][-1] == "v600"
+
+
+def test_metrics_without_end_are_cut() -> None:
+    many = {f"m{number}": 1.0 for number in range(5000)}
+    (row,) = adapter_rows(page_of(one(record(version=2, scores_after=many), record(scores_after=many))))
+    assert (len(row.metrics), len(row.charts), len(row.versions[0].scores)) == (20, 20, 20)
+
+
+def test_scores_of_other_tasks_have_their_name(tmp_path: Path) -> None:
+    scores = {"exact_match": 0.5, "other_tasks/rougeL": 0.4}
+    page = written(
+        page_of(one(record(version=2, scores_after=scores), record(scores_after=scores))), tmp_path
+    )
+    assert "Other tasks: ROUGE-L" in page.text
+    assert "Other tasks/rougel" not in page.text
+    assert "v2: 40.0 %" in page.text
+
+
 class TestCommand:
     def run(self, *arguments: str) -> str:
         result = CliRunner().invoke(app, ["report", *arguments])
@@ -216,3 +253,14 @@ class TestCommand:
     def test_a_folder_that_is_not_there(self, catalog: Catalog, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="no such file; check the name"):
             self.run("--catalog", catalog.uri, "--to", str(tmp_path / "none" / "catalog.html"))
+
+    @pytest.mark.parametrize("name", [".", "/", "folder"])
+    def test_a_folder(
+        self, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(CatalogError, match=r"is a folder; name a file in it, such as catalog\.html$"):
+            self.run("--catalog", catalog.uri, "--to", name)
+        assert sorted(tmp_path.iterdir()) == before

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from stores import ForgetfulStorage, InterruptedStorage, adapter_files, draft
+from stores import Crash, ForgetfulStorage, InterruptedStorage, WrappedStorage, adapter_files, draft
 from typer.testing import CliRunner
 
 from raytune_ft.catalog import Catalog, list_catalog, roll_back, update_serve_dir, verify
@@ -106,10 +107,15 @@ class TestRemove:
         publish(catalog, tmp_path, "run-1")
         remove_version(catalog, "capital@v1")
         assert "capital@v1 was removed" in message(catalog.resolve, "capital")
-        assert (catalog.list(), list_catalog(catalog).rows) == ([], ())
+        assert (catalog.newest_versions(), list_catalog(catalog).rows) == ({}, ())
         assert publish(catalog, tmp_path, "run-2") == 2
-        assert [record.version for record in catalog.list()] == [2]
-        assert publish(catalog, tmp_path, "run-1") == 1, "a retry finds its own version, removed or not"
+        assert catalog.newest_versions() == {"capital": 2}
+        with pytest.raises(CatalogError, match=r"capital@v1 was removed by .*; restore it with"):
+            publish(catalog, tmp_path, "run-1")
+        removed = catalog.published("capital", "run-1")
+        assert removed is not None
+        assert removed.version == 1
+        assert list(catalog.versions("capital")) == [1, 2]
 
     def test_not_while_an_alias_means_it(self, local: Catalog) -> None:
         local.set_alias("capital", "production", 2)
@@ -191,7 +197,7 @@ class TestSweep:
         if isinstance(catalog.storage, FolderStorage):
             age(catalog.storage, old_s)
         else:
-            monkeypatch.setattr("raytune_ft.catalog.sweep.LEAST_AGE_S", 0.0)
+            monkeypatch.setattr(import_module("raytune_ft.catalog.sweep"), "LEAST_AGE_S", 0.0)
             old_s = 0.5
             time.sleep(1.6)  # A bucket tells whole seconds.
         found = sweep(catalog, old_s, dry_run=True)
@@ -203,8 +209,9 @@ class TestSweep:
         assert before - left == taken
         assert message(restore_version, catalog, "capital@v3").endswith("is gone; publish it again")
         assert sweep(catalog, old_s) == Swept((), ())
-        found = verify(catalog)
-        assert (found.problems, found.versions) == ((), 3)
+        sound = verify(catalog)
+        assert (sound.problems, sound.versions) == ((), 3)
+        assert not any("adapters/" in note for note in sound.notes)
 
     def test_nothing_young(self, local: Catalog) -> None:
         age(local.storage, 2 * HOUR_S)
@@ -352,6 +359,73 @@ def test_one_thing_at_each_moment_of_another(
     assert {(1, True), (2, True)} <= done, "each has got its way at some moment"
 
 
+class DyingStorage(InterruptedStorage):
+    """Dies before its n-th request, and something else happens before another."""
+
+    def __init__(self, inner: Storage, at: int, happens: Callable[[], object], dies_at: int) -> None:
+        super().__init__(inner, at, happens)
+        self._dies_at = dies_at
+
+    def _request(self, key: str) -> None:
+        super()._request(key)
+        if len(self.keys) == self._dies_at + 1:
+            raise Crash
+
+
+def test_a_restoration_that_dies_is_none_or_whole(prepared: Catalog, tmp_path: Path) -> None:
+    template = Path(prepared.uri).rename(tmp_path / "template")
+    shutil.copytree(template, prepared.uri)
+    counting = InterruptedStorage(prepared.storage, -1, lambda: None)
+    restore_version(Catalog(counting), "capital@v3")
+    ends = set()
+    for at, dies_at in itertools.combinations_with_replacement(range(counting.requests), 2):
+        shutil.rmtree(prepared.uri)
+        shutil.copytree(template, prepared.uri)
+        dying = DyingStorage(prepared.storage, at, lambda: sweep(prepared, HOUR_S), dies_at)
+        with suppress(Crash, CatalogError):
+            restore_version(Catalog(dying), "capital@v3")
+        check_whole(prepared, tmp_path)
+        # Who comes later completes it, or is told why not.
+        attempt(ACTS["restore v3"], prepared, tmp_path)
+        check_whole(prepared, tmp_path)
+        ends.add(prepared.resolve("capital").version)
+    assert ends == {2, 3}
+
+
+def test_who_gives_up_takes_no_other_removal_away(local: Catalog) -> None:
+    class Slow(WrappedStorage):
+        """Its owner removes v1 while others promote it, leave it again and remove it themselves."""
+
+        def write_once(self, key: str, data: bytes) -> bool:
+            if "/removed/" in key:
+                local.set_alias("capital", "production", 1)
+            if "/settled/" in key:
+                remove_again()
+            return super().write_once(key, data)
+
+    def remove_again() -> None:
+        restore_version(local, "capital@v1")
+        local.set_alias("capital", "production", 3)
+        remove_version(local, "capital@v1", "theirs")
+
+    assert "is what production means" in message(remove_version, Catalog(Slow(local.storage)), "capital@v1")
+    removal = local.read_removal("capital", 1)
+    assert removal is not None
+    assert removal.reason == "theirs"
+
+
+def test_an_end_that_cannot_be_read_stops_both(local: Catalog, tmp_path: Path) -> None:
+    remove_version(local, "capital@v3")
+    note = local.read_removal_note("capital", 3)
+    assert note is not None
+    local.storage.write(f"adapters/capital/settled/{hashlib.sha256(note).hexdigest()}.json", b"{}")
+    age(local.storage, 2 * HOUR_S)
+    before = contents(local)
+    for call in (partial(sweep, local, HOUR_S), partial(restore_version, local, "capital@v3")):
+        assert message(call).endswith("not a removal's end; the object was altered or damaged")
+    assert contents(local) == before
+
+
 class Interleaved(RuleBasedStateMachine):
     """Anything at any moment of anything else, in a catalog that grows old."""
 
@@ -412,7 +486,9 @@ class TestCommands:
         age(local.storage, 2 * HOUR_S)
         size_bytes = len(weights(b"bbbb"))
         planned = self.run("gc", *at, "--older-than", "90m", "--dry-run")
-        counted = f"{local.uri}: 1 contents and 0 pieces of tokenised data, {size_bytes} bytes\n"
+        counted = (
+            f"{local.uri}: 1 contents, 0 pieces of tokenised data, 0 unfinished uploads, {size_bytes} bytes\n"
+        )
         assert planned.endswith(f"would be removed from {counted}")
         told = json.loads(self.run("gc", *at, "--older-than", "1h", "--dry-run", "--json"))
         assert (told["size_bytes"], told["dry_run"], len(told["contents"])) == (size_bytes, True, 1)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from stores import Crash, CrashingStorage, adapter_files, draft
+from stores import Crash, CrashingStorage, InterruptedStorage, adapter_files, draft
 from typer.testing import CliRunner
 
 from raytune_ft.catalog import BaseModelRef, Catalog, ServeDirResult, update_serve_dir
@@ -83,9 +83,11 @@ def test_what_left_the_alias_goes_and_nothing_else(
     # Another catalog, in which nothing bears the alias, knows nothing of what this one put there.
     other = Catalog.at(str(tmp_path / "other"))
     publish(other, tmp_path / "o", "sum")
-    assert update_serve_dir(other, "stable", storage) == ServeDirResult()
+    assert update_serve_dir(other, "stable", storage) == ServeDirResult(
+        notes=[f"no adapter of {other.uri} has the alias stable"]
+    )
     catalog.storage.delete("adapters/capital/aliases/production/9999999998.json")
-    assert update_serve_dir(catalog, "production", storage) == ServeDirResult(removed=["capital"])
+    assert update_serve_dir(catalog, "production", storage).removed == ["capital"]
     assert keys(storage) == ["capital/notes.txt", "forged/.raytune_ft.json", "theirs/adapter_config.json"]
 
 
@@ -173,6 +175,56 @@ def test_a_damaged_version_stops_no_other_and_what_stood_there_stays(
     assert to.read(WEIGHTS) == b"weights"
 
 
+def forge(catalog: Catalog, tmp_path: Path, content: bytes, **changes: Any) -> None:
+    """Put another record, and other weights of the same size, in the place of the version that is there."""
+    other = Catalog.at(str(tmp_path / "forger"))
+    publish(other, tmp_path / "forged", "capital", content, **changes)
+    record = other.resolve("capital")
+    for entry in record.files:
+        catalog.storage.write(f"blobs/{entry.sha256}", other.storage.read(f"blobs/{entry.sha256}"))
+    catalog.storage.write("adapters/capital/versions/9999999998.json", record.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("content", "changes"), [(b"WEIGHTS", {}), (b"weights", {"job": {"data": {"max_tokens": 512}}})]
+)
+def test_another_record_under_the_same_number_is_another_version(
+    catalog: Catalog, tmp_path: Path, content: bytes, changes: dict[str, Any]
+) -> None:
+    key = "adapters/capital/versions/9999999998.json"
+    true = catalog.storage.read(key)
+    forge(catalog, tmp_path, content, **changes)
+    to = open_storage(str(tmp_path / "to"))
+    update_serve_dir(catalog, "production", to)
+    catalog.storage.write(key, true)
+    # As whoever asks for signatures from now on.
+    assert update_serve_dir(catalog, "production", to).copied == ["capital@v1"]
+    assert (to.read(WEIGHTS), json.loads(to.read(CONFIG))["max_length"]) == (b"weights", 384)
+
+
+def test_a_marker_of_an_older_kind_is_served_anew(catalog: Catalog, tmp_path: Path) -> None:
+    to = open_storage(str(tmp_path / "to"))
+    update_serve_dir(catalog, "production", to)
+    mark = json.loads(to.read(MARKER))
+    del mark["record_sha256"]
+    to.write(MARKER, json.dumps(mark).encode())
+    assert update_serve_dir(catalog, "production", to).copied == ["capital@v1"]
+    assert update_serve_dir(catalog, "production", to).unchanged == ["capital@v1"]
+
+
+def test_what_is_in_step_takes_few_requests(catalog: Catalog, tmp_path: Path) -> None:
+    for number in range(20):
+        publish(catalog, tmp_path, f"other-{number}")
+    catalog.set_alias("capital", "stable", 1)
+    to = open_storage(str(tmp_path / "to"))
+    update_serve_dir(catalog, "stable", to)
+    seen = InterruptedStorage(catalog.storage, -1, lambda: None)
+    served = InterruptedStorage(to, -1, lambda: None)
+    assert update_serve_dir(Catalog(seen), "stable", served).unchanged == ["capital@v1"]
+    # The listing, the alias's last move, the record, and whether it is removed; the listing and the marker.
+    assert (seen.requests, served.requests) == (4, 2)
+
+
 def test_models_are_skipped(catalog: Catalog, tmp_path: Path) -> None:
     publish(catalog, tmp_path, "whole", kind="model")
     publish_files(catalog, {"x.safetensors": tmp_path / "v1/capital/README.md"}, "bare")
@@ -184,7 +236,7 @@ def test_models_are_skipped(catalog: Catalog, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("below", ["", "/adapters", "/blobs/x", "/runs/x"])
+@pytest.mark.parametrize("below", ["", "/adapters", "/blobs/x", "/runs/x", "/derived", "/else"])
 def test_the_catalogs_own_folders_are_refused(catalog: Catalog, below: str) -> None:
     with pytest.raises(CatalogError, match=r"the catalog keeps its own things there; name another folder$"):
         update_serve_dir(catalog, "production", open_storage(catalog.uri + below))
@@ -195,7 +247,15 @@ def test_command(catalog: Catalog, tmp_path: Path) -> None:
     printed = CliRunner().invoke(app, arguments)
     assert printed.stdout == f"{tmp_path}/to is in step with production. copied: capital@v1\n"
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert found == {"copied": [], "unchanged": ["capital@v1"], "removed": [], "skipped": [], "problems": []}
+    empty: dict[str, list[str]] = {"copied": [], "removed": [], "skipped": [], "notes": [], "problems": []}
+    assert found == {**empty, "unchanged": ["capital@v1"]}
+    arguments[4] = "prodution"
+    typo = CliRunner().invoke(app, arguments)
+    assert (typo.exit_code, typo.stderr) == (
+        0,
+        f"note: no adapter of {catalog.uri} has the alias prodution\n",
+    )
+    arguments[4] = "production"
     (tmp_path / "to" / "capital" / ".raytune_ft.json").unlink()
     refused = CliRunner().invoke(app, arguments)
     assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)

@@ -216,7 +216,7 @@ JSON_VALUES = st.recursive(
 @given(
     data=st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=4),
     loss=st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9),
-    steps=st.integers(0, 2**70),
+    steps=st.integers(0, 2**63 - 1),
     path=st.text(),
 )
 def test_every_record_that_is_signed_is_read_and_valid(
@@ -303,6 +303,11 @@ class TestKeys:
             parse_public_keys(text, "x")
         assert str(caught.value).startswith(message)
         assert self.SECRET.split("\n")[1] not in str(caught.value)
+
+    def test_a_file_of_keys_that_is_not_there_is_a_mistake_of_the_user(self, tmp_path: Path) -> None:
+        for path in (tmp_path / "none.pem", tmp_path):
+            with pytest.raises(BadInput, match=f"^--trusted-keys {path}: .*; check the name$"):
+                Trust.load([path], required=True)
 
     def test_where_trusted_keys_come_from(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert Trust.load([], required=False) == Trust()

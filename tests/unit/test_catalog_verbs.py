@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import Crash, CrashingStorage, ForgetfulStorage, adapter_files, draft
+from stores import CarelessStorage, Crash, CrashingStorage, ForgetfulStorage, adapter_files, draft
 from typer.testing import CliRunner
 
 from raytune_ft.catalog import (
@@ -21,7 +21,7 @@ from raytune_ft.catalog import (
     verify,
 )
 from raytune_ft.cli.catalog import app
-from raytune_ft.errors import BadInput, CatalogError
+from raytune_ft.errors import CatalogError, RaytuneError, StorageError
 from raytune_ft.storage import Storage
 
 V1 = "adapters/capital/versions/9999999998.json"
@@ -67,7 +67,7 @@ def change(storage: Storage, key: str, **fields: Any) -> None:
 def run(*arguments: str, exit_code: int = 0) -> tuple[str, str]:
     """Standard output and standard error of a command."""
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
-    if isinstance(result.exception, BadInput):
+    if isinstance(result.exception, RaytuneError):
         raise result.exception
     assert result.exit_code == exit_code, result.output
     return result.stdout, result.stderr
@@ -146,9 +146,44 @@ class TestPromote:
             2,
             False,
         )
-        for expect in ("2", "v", "", "v" + "1" * 5000):
+        for expect in ("2", "v", "v0", "v00", "", "v" + "1" * 5000):
             with pytest.raises(CatalogError, match=r"^--expect .*: write a version such as v2, or none$"):
                 run("promote", "capital@v1", "stable", "--expect", expect, *at)
+
+    def test_a_store_that_could_lose_the_move_is_refused(
+        self, local: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        careless = Catalog(CarelessStorage(local.storage))
+        monkeypatch.setattr("raytune_ft.cli.catalog.move.open_catalog", lambda _: careless)
+        for command in (
+            ("promote", "capital@v2", "best"),
+            ("rollback", "capital", "best"),
+            ("rm", "capital@v2"),
+        ):
+            with pytest.raises(StorageError, match="ignores If-None-Match"):
+                run(*command, "--catalog", local.uri)
+        assert (local.aliases("capital"), local.removed_versions("capital")) == ({"production": 1}, set())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("promote", "capital@v1", "best"),
+        ("rollback", "capital", "best"),
+        ("rm", "capital@v1"),
+        ("restore", "capital@v1"),
+        ("verify",),
+        ("gc", "--older-than", "1h", "--dry-run"),
+        ("gc", "--older-than", "1h"),
+    ],
+)
+def test_a_catalog_that_is_not_there_is_neither_sound_nor_made(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    with pytest.raises(CatalogError) as caught:
+        run(*command, "--catalog", str(tmp_path / "typo"))
+    assert str(caught.value) == f"{tmp_path}/typo: holds no adapter; check the name"
+    assert not list(tmp_path.iterdir())
 
 
 class TestRollback:
@@ -184,6 +219,10 @@ class TestRollback:
                 call(local, "capital", "best")
             with pytest.raises(CatalogError, match=r"no adapter capitol; did you mean capital\?$"):
                 call(local, "capitol", "best")
+            with pytest.raises(
+                CatalogError, match=r"^alias 'v1': must be 1 to 63 of .* and not be a version"
+            ):
+                call(local, "capital", "v1")
             for names in (("../x", "best"), ("capital", "../x")):
                 with pytest.raises(CatalogError, match=r"not an adapter's alias; write NAME ALIAS$"):
                     call(local, *names)

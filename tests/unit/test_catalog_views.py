@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import adapter_files, draft
+from stores import InterruptedStorage, adapter_files, draft
 from typer.testing import CliRunner
 
 from raytune_ft.catalog import (
@@ -204,7 +204,8 @@ class TestLineage:
     @pytest.mark.parametrize(
         ("parent", "message"),
         [
-            ("gone@v1", "no adapter gone"),
+            ("gone@v1", "gone@v1: is not in "),
+            ("gone", "no adapter gone"),
             ("../../etc", "not a reference"),
             ("loop@v1", "loop@v1: is its own ancestor; a record was altered or damaged"),
         ],
@@ -216,6 +217,27 @@ class TestLineage:
         found = lineage_of(catalog, "loop")
         assert [ancestor.record.reference for ancestor in found.chain] == ["loop@v1"]
         assert message in (found.broken or "")
+
+    def test_many_that_are_gone_and_many_of_one_name_take_few_requests(
+        self, tmp_path: Path, files: Mapping[str, Path]
+    ) -> None:
+        catalog = Catalog.at(str(tmp_path / "catalog"))
+        gone = tuple(f"gone-{number}@v1" for number in range(50))
+        catalog.publish(draft(adapter="merged", merged_from=gone), files, publish_id="merged")
+        for number in range(1, 6):
+            parent = f"capital@v{number - 1}" if number > 1 else None
+            catalog.publish(draft(parent=parent), files, publish_id=f"run-{number}")
+            catalog.set_alias("capital", "production", number)
+        counting = InterruptedStorage(catalog.storage, -1, lambda: None)
+        (merged,) = lineage_of(Catalog(counting), "merged").chain
+        assert [source.broken for source in merged.merged_from] == [
+            f"{reference}: is not in {catalog.uri}" for reference in gone
+        ]
+        assert counting.requests < len(gone) + 10
+        counting = InterruptedStorage(catalog.storage, -1, lambda: None)
+        assert len(lineage_of(Catalog(counting), "capital").chain) == 5
+        moves = [key for key in counting.keys if "/aliases/production/" in key]
+        assert len(moves) == len(set(moves)) == 5
 
     def test_command(self, catalog: Catalog) -> None:
         at = ("--catalog", catalog.uri)

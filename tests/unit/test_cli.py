@@ -226,6 +226,34 @@ class TestBadInput:
         assert line.endswith(" See raytune-ft --help.")
         assert named in line
 
+    def test_a_name_that_no_alias_can_have(self, run: Run, catalog: str) -> None:
+        for alias in ("v3", "No Such"):
+            ended = run("catalog", "ls", "--catalog", catalog, "--alias", alias)
+            assert (ended.code, ended.out) == (2, "")
+
+    def test_a_record_cannot_command_the_terminal_through_a_message(self, run: Run, catalog: str) -> None:
+        path = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps({**said, "evil\x1b[2J\x1b]0;owned\x07\nraytune-ft: all is well": 1}))
+        ended = run("catalog", "show", "plus-one", "--catalog", catalog)
+        assert (ended.code, ended.out) == (2, "")
+        (line,) = ended.err.splitlines()
+        assert "not a record of this catalog: 'evil" in line
+        assert line.isprintable()
+
+    @pytest.mark.parametrize("name", ["size_bytes", "steps", "seed", "version", "merged_from"])
+    def test_numbers_without_end(self, run: Run, catalog: str, name: str) -> None:
+        path = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))
+        said = json.loads(path.read_text())
+        (said["files"][0] if name == "size_bytes" else said)[name] = (
+            ["a@v1"] * 1001 if name == "merged_from" else 10**400
+        )
+        path.write_text(json.dumps(said))
+        ended = run("catalog", "show", "plus-one", "--catalog", catalog)
+        assert (ended.code, ended.out) == (2, "")
+        assert "not a record of this catalog: " in ended.err
+        assert name in ended.err
+
     def test_data_without_a_job_file(self, run: Run) -> None:
         message = "raytune-ft: raytune-ft data: name a job file, or ask for --templates\n"
         assert run("data") == Ended(2, "", message)
@@ -257,6 +285,37 @@ class TestStorageTrouble:
         assert ended.code == 4
         (line,) = ended.err.splitlines()
         assert line.startswith(f"raytune-ft: {tmp_path / 'file'}")
+
+    def test_of_the_machine(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        folder.rmdir()
+        assert run("catalog", "ls", "--catalog", "catalog") == Ended(
+            4, "", "raytune-ft: no such file or directory; check the file, the disk or the network\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["catalog", "ls", "--catalog", "x"], "interrupted"),
+        (["train", "x.yaml"], "interrupted; the same command goes on from the last checkpoint"),
+    ],
+)
+def test_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], said: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # The package has a function of the module's name.
+    monkeypatch.setattr(sys.modules["raytune_ft.cli.main"], "read_job", interrupt)
+    monkeypatch.setattr("raytune_ft.cli.catalog.look.open_catalog", interrupt)
+    monkeypatch.setattr(sys, "argv", ["raytune-ft", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, f"raytune-ft: {said}\n")
 
 
 class TestDone:
@@ -330,6 +389,16 @@ def test_the_installed_program_answers(catalog: str) -> None:
     answer: dict[str, Any] = json.loads(ended.stdout)
     assert ended.stdout.count("\n") == 1
     assert answer["prompt"] == "1 + 1 = "
+
+
+def test_a_terminal_without_the_letters(catalog: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Catalog.at(catalog)
+    store.set_alias("plus-one", "production", 1)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("COLUMNS", "300")
+    ended = program("catalog", "ls", "--catalog", catalog)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "production ? v1" in ended.stdout
 
 
 def test_the_installed_program_refuses(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ CHECKS = {
     ".venv/bin/pytest": check_pytest,
     "tensorboard": lambda arguments: check_installed("tensorboard", arguments),
     "export": check_nothing,
+    "openssl": check_nothing,
 }
 
 

@@ -2,15 +2,17 @@
 
 import math
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from stores import adapter_files, draft
 
-from raytune_ft.catalog import AdapterRecord, BaseModelRef, FileEntry
-from raytune_ft.catalog.gate import Bound, refusal_message, refusals
+from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, FileEntry
+from raytune_ft.catalog.gate import Bound, as_of_now, refusal_message, refusals, verdict
 from raytune_ft.cli.progress import print_result
 from raytune_ft.errors import SpecError
 from raytune_ft.evaluate.scores import score
@@ -122,6 +124,34 @@ class TestMessage:
     def test_is_none_where_nothing_was_refused(self) -> None:
         assert refusal_message(result(3), "c") is None
         assert refusal_message({"adapter": "sums", "version": 3}, "c") is None
+
+
+class TestVerdict:
+    def test_a_decision_by_hand_counts(self) -> None:
+        reasons = ["a = 1, and the gate asks for > 1"]
+        refused = verdict("production", reasons, 3, 2)
+        assert (refused["passed"], refused["alias_version"]) == (False, 2)
+        by_hand = verdict("production", reasons, 3, 3)
+        assert by_hand == {"alias": "production", "passed": True, "refused": reasons, "alias_version": 3}
+        assert refusal_message({"adapter": "sums", "version": 3, "gate": by_hand}, "c") is None
+        assert outcome_texts({"gate": by_hand}) == {
+            "Gate": f"refused, but production was moved to v3 by hand: {reasons[0]}"
+        }
+        assert verdict("production", [], 3, 4)["passed"]
+
+    def test_a_result_of_before_says_what_the_alias_means_now(self, tmp_path: Path) -> None:
+        catalog = Catalog.at(str(tmp_path / "catalog"))
+        for number in range(3):
+            files = adapter_files(tmp_path / "files")
+            catalog.publish(draft(adapter="sums"), files, publish_id=f"run-{number}")
+        catalog.set_alias("sums", "production", 2)
+        kept = result(2, "a = 1, and the gate asks for > 1")
+        assert as_of_now(kept, catalog) == kept
+        catalog.set_alias("sums", "production", 3)
+        now = as_of_now(kept, catalog)
+        assert (now["gate"]["passed"], now["gate"]["alias_version"]) == (True, 3)
+        assert now["gate"]["refused"] == kept["gate"]["refused"]
+        assert as_of_now({"adapter": "sums", "version": 3}, catalog) == {"adapter": "sums", "version": 3}
 
 
 class TestShown:

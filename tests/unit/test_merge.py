@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 import raytune_ft.cli.catalog.merge  # noqa: F401  registers the command
-from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, lineage_of, verify
+from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Trust, lineage_of, verify
 from raytune_ft.cli.catalog import app
 from raytune_ft.errors import CatalogError, ModelError, RaytuneError
 from raytune_ft.evaluate.answer import answer_prompt
@@ -430,6 +430,32 @@ class TestIntoBase:
         assert [file.name for file in (tmp_path / "taken").iterdir()] == ["mine"]
         assert not list(tmp_path.glob(".tmp-*"))
 
+    def test_an_update_that_no_weight_can_hold(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
+    ) -> None:
+        def large(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.full_like(tensor, 1e30) for name, tensor in tensors.items()}
+
+        publish(catalog, bases["llama"], tmp_path, "one", tensors=large)
+        with pytest.raises(
+            ModelError, match=r"^one@v1: with its update .*_proj has weights that are no finite"
+        ):
+            merge_into_folder(catalog, "one", tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+    def test_a_signature_is_asked_for(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
+    ) -> None:
+        publish(catalog, bases["llama"], tmp_path, "one")
+        trust = Trust(frozenset({"0" * 64}), required=True)
+        message = "^one@v1: has no signature, and one is required"
+        with pytest.raises(CatalogError, match=message):
+            merge_into_folder(catalog, "one", tmp_path / "merged", trust=trust)
+        with pytest.raises(CatalogError, match=message):
+            publish_merged(catalog, "one", name="two", trust=trust)
+        with pytest.raises(CatalogError, match=message):
+            answer_prompt(catalog.uri, "one", "Why?", max_new_tokens=1, trust=trust)
+
     def test_an_update_of_a_layer_that_the_base_has_not(
         self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
     ) -> None:
@@ -578,7 +604,7 @@ class TestLineage:
         assert [ancestor.record.reference for ancestor in one.chain] == ["one@v1", "first@v1"]
         again, gone = two.chain[0].merged_from
         assert (again.reference, again.chain, again.broken) == ("first@v1", (), "stands above")
-        assert "no adapter gone" in (gone.broken or "")
+        assert (gone.broken or "").startswith("gone@v1: is not in ")
         lines = run("lineage", "both", "--catalog", catalog.uri).splitlines()
         assert [line.strip(" │├└─") for line in lines if "merged from" in line or "parent" in line] == [
             "merged from: one@v1",
@@ -614,8 +640,11 @@ class TestLineage:
 
 
 class TestCommand:
-    def test_adapters(self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path) -> None:
-        at = ("--catalog", catalog.uri)
+    def test_adapters(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        at = ("--catalog", "catalog")
         for name in ("one", "two"):
             publish(catalog, bases["llama"], tmp_path, name)
         assert run("merge", "one", "two@v1", "--as", "both", "--alias", "candidate", *at) == (
@@ -624,6 +653,7 @@ class TestCommand:
         options = ("--method", "ties", "--weights", "0.75,0.25", "--density", "0.4", "--majority-sign")
         found = json.loads(run("merge", "one", "two", "--as", "both", *options, "frequency", "--json", *at))
         assert (found["version"], found["merged_from"]) == (2, ["one@v1", "two@v1"])
+        assert found["uri"] == f"{catalog.uri}/adapters/both/versions/9999999997.json"
         assert catalog.resolve("both").method["combination"] == {
             "method": "ties",
             "weights": [0.75, 0.25],
@@ -645,7 +675,7 @@ class TestCommand:
         assert printed == f"{to} is a model: one@v1 merged into {bases['llama']}\n"
         found = json.loads(run("merge", "one", "--into-base", "--to", f"{to}-2", "--json", *at))
         assert found == {"merged_from": ["one@v1"], "to": f"{to}-2"}
-        found = json.loads(run("merge", "one", "--into-base", "--publish-as", "whole", "--json", *at))
+        found = json.loads(run("merge", "one", "--into-base", "--as", "whole", "--json", *at))
         assert (found["adapter"], found["version"], found["kind"]) == ("whole", 1, "model")
 
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ft.chart import MOST_POINTS, chart, nice_ticks, smoothed, thin
+from raytune_ft.chart import MOST_POINTS, can_be_drawn, chart, nice_ticks, smoothed, thin
 from raytune_ft.report import (
     RunReport,
     SourceRow,
@@ -314,6 +314,16 @@ def test_ticks_enclose_the_values_and_are_few(one: float, other: float) -> None:
     slack = 1e-9 * max(abs(low), abs(high))
     assert ticks[0] <= low + slack
     assert ticks[-1] >= high - slack
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=5))
+def test_no_value_stops_a_chart(values: list[float]) -> None:
+    drawn = chart("Loss", [_entry(step, value) for step, value in enumerate(values, 1)], "loss")
+    assert drawn.missing == sum(not can_be_drawn(value) for value in values)
+    places = [tick.percent for tick in drawn.values]
+    assert all(-0.01 <= place <= 100.01 for place in places)
+    numbers = [float(text) for line in drawn.lines for pair in line[1:].split("L") for text in pair.split()]
+    assert all(-0.01 <= number <= 100.01 for number in numbers)
 
 
 @given(st.integers(0, 5000), st.integers(2, 600))

@@ -242,3 +242,39 @@ def test_examples_in_docstrings(module: object) -> None:
     results = doctest.testmod(module)  # type: ignore[arg-type]  # a module, as parametrize cannot say
     assert results.attempted
     assert not results.failed
+
+
+def test_a_prefix_is_listed_without_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+    for name in ("a", "ab", "b"):
+        storage.write(f"adapters/{name}/versions/1", b"1")
+    (tmp_path / "adapters/a/back").symlink_to(tmp_path / "adapters")
+    looked: list[str] = []
+    scandir = os.scandir
+
+    def counted(folder: Path) -> object:
+        looked.append(Path(folder).name)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert [found.key for found in storage.list("adapters/a/versions/")] == ["adapters/a/versions/1"]
+    assert looked == ["versions"]
+    assert [found.key for found in storage.list("adapters/a/v")] == ["adapters/a/versions/1"]
+    # What the whole listing does not follow, no prefix leads into.
+    for prefix in ("adapters/a/back/", "adapters/a/back/b/", "adapters/a/versions/1/", "none/at/all/"):
+        assert list(storage.list(prefix)) == []
+
+
+def test_what_a_killed_writer_left_is_found(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("blobs/a", b"1")
+    for folder, touched in (("", 100.0), ("runs/job", 100.0), ("blobs", 300.0)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (left := tmp_path / folder / ".tmp-dead").write_bytes(b"half")
+        os.utime(left, (touched, touched))
+    os.utime(tmp_path / "blobs/a", (100.0, 100.0))
+    old = [f"{tmp_path}/.tmp-dead", f"{tmp_path}/runs/job/.tmp-dead"]
+    assert storage.discard_unfinished(200.0, dry_run=True) == old
+    assert storage.discard_unfinished(200.0) == old
+    assert storage.discard_unfinished(200.0) == []
+    assert (storage.read("blobs/a"), (tmp_path / "blobs/.tmp-dead").exists()) == (b"1", True)

@@ -81,11 +81,18 @@ def _copy(source_uri: str, target_uri: str, asked: _Asked) -> None:
         copies = [
             copy_version(source, target, asked.reference, alias=asked.alias, signer=signer, trust=trust)
         ]
+    means = None
+    if asked.alias is not None:
+        # It stays where it has meant the copy or a newer version.
+        means = target.newest_alias_entry(copies[-1].copied.adapter, asked.alias)[1]
     pairs = [(copy.original.reference, copy.copied.reference) for copy in copies]
     if asked.as_json:
         told = [{"original": original, "copy": copied} for original, copied in pairs]
-        print_json({"source": source.uri, "target": target.uri, "copies": told, "alias": asked.alias})
+        alias = {"alias": asked.alias, "alias_version": means.version if means else None}
+        print_json({"source": source.uri, "target": target.uri, "copies": told, **alias})
         return
     console = Console(soft_wrap=True)
     for original, copied in pairs:
         console.print(plain(f"{original} of {source.uri} is {copied} in {target.uri}"))
+    if means is not None:
+        console.print(plain(f"{copies[-1].copied.adapter}@{asked.alias} means v{means.version} there"))

@@ -94,7 +94,7 @@ def serve_dir(
     if as_json:
         print_json(asdict(found))
     else:
-        print_notes(f"skipped: {note}" for note in found.skipped)
+        print_notes((*(f"skipped: {note}" for note in found.skipped), *found.notes))
         print_problems(found.problems)
         if not found.problems:
             done = {"copied": found.copied, "unchanged": found.unchanged, "removed": found.removed}

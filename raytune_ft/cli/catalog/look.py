@@ -18,6 +18,7 @@ from raytune_ft.catalog import (
     Filter,
     Lineage,
     Trust,
+    check_alias,
     compare_records,
     fingerprint,
     lineage_of,
@@ -50,12 +51,14 @@ def list_adapters(
     as_json: AsJson = False,
 ) -> None:
     """List the newest version of each adapter, with its aliases and scores."""
+    if alias is not None:
+        check_alias(alias)
     store = open_catalog(catalog)
     only = Filter(adapter, base, alias, dict(map(_least, min_score)))
     listing = list_catalog(store, only)
     print_notes((*listing.notes, *(f"left out: {message}" for message in listing.damaged)))
     if as_json:
-        print_json([_summary(record, of, catalog) for record, of in listing.rows])
+        print_json([_summary(record, of, store.uri) for record, of in listing.rows])
     elif listing.rows:
         Console().print(_table(listing.rows))
     elif listing.damaged or store.newest_versions():
@@ -73,9 +76,9 @@ def show(reference: Reference, catalog: CatalogOption, as_json: AsJson = False) 
     if as_json:
         signer = fingerprint(record.signature.public_key) if record.signature else None
         told = {"signer": signer, "signature_problem": Trust().problem(record)}
-        print_json({**_summary(record, aliases, catalog), **record.model_dump(mode="json"), **told})
+        print_json({**_summary(record, aliases, store.uri), **record.model_dump(mode="json"), **told})
     else:
-        Console().print(_facts(record, aliases, catalog))
+        Console().print(_facts(record, aliases, store.uri))
 
 
 @app.command()
@@ -216,6 +219,8 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
         "scores after": _scores(record.scores_after),
         "forgetting": "-" if record.forgetting is None else f"{record.forgetting:+.4g}",
         "signature": _signature(record),
+        "continues": record.parent or "-",
+        "merged from": ", ".join(record.merged_from) or "-",
         "copy of": _copied_from(record),
         "libraries": ", ".join(f"{name} {version}" for name, version in record.library_versions.items()),
         "files": "\n".join(f"{entry.name}  {entry.size_bytes:,} bytes" for entry in record.files),

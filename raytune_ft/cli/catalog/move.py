@@ -7,11 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytune_ft.catalog import (
-    AliasEntry,
-    alias_history,
-    roll_back,
-)
+from raytune_ft.catalog import AliasEntry, Catalog, alias_history, roll_back
 from raytune_ft.cli.catalog.base import (
     AdapterName,
     AliasName,
@@ -39,8 +35,8 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Let an alias mean a version."""
-    store = open_catalog(catalog)
     expected = None if expect is None else _expected(expect)
+    store = open_to_write(catalog)
     record = store.resolve(reference)
     entry = store.set_alias(record.adapter, alias, record.version, expect=expected)
     _print_move(record.adapter, alias, entry, as_json)
@@ -49,7 +45,7 @@ def promote(
 @app.command()
 def rollback(name: AdapterName, alias: AliasName, catalog: CatalogOption, as_json: AsJson = False) -> None:
     """Let an alias mean what it meant before its last move; again, and it goes further back."""
-    _print_move(name, alias, roll_back(open_catalog(catalog), name, alias), as_json)
+    _print_move(name, alias, roll_back(open_to_write(catalog), name, alias), as_json)
 
 
 @app.command()
@@ -67,18 +63,28 @@ def history(name: AdapterName, alias: AliasName, catalog: CatalogOption, as_json
     Console().print(table)
 
 
+def open_to_write(uri: str) -> Catalog:
+    """A catalog that is there, in a store on whose conditional writes all that moves or removes rests."""
+    catalog = open_catalog(uri)
+    catalog.check_there()
+    catalog.check()
+    return catalog
+
+
 def _expected(text: str) -> int:
     if text == "none":
         return 0
     number = VERSION.fullmatch(text)
-    if not number or len(text) > 63:
+    if not number or len(text) > 63 or not int(number[1]):
         raise CatalogError(f"--expect {text!r:.100}: write a version such as v2, or none")
     return int(number[1])
 
 
 def _move(adapter: str, alias: str, entry: AliasEntry) -> dict[str, object]:
     shown = {"adapter": adapter, "alias": alias, **entry.model_dump()}
-    return {name: value for name, value in shown.items() if name not in ("token", "schema_version")}
+    return {
+        name: value for name, value in shown.items() if name not in ("token", "schema_version", "highest")
+    }
 
 
 def _from(entry: AliasEntry) -> str:

@@ -8,9 +8,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from raytune_ft.catalog.removal import remove_version, restore_version
-from raytune_ft.catalog.sweep import Swept, sweep
-from raytune_ft.cli.catalog.base import AsJson, CatalogOption, app, open_catalog, plain, print_json
+from raytune_ft.catalog import Swept, remove_version, restore_version, sweep
+from raytune_ft.cli.catalog.base import (
+    AsJson,
+    CatalogOption,
+    app,
+    open_catalog,
+    plain,
+    print_json,
+    print_notes,
+)
+from raytune_ft.cli.catalog.move import open_to_write
 from raytune_ft.errors import CatalogError
 
 _SECONDS = {"m": 60, "h": 3_600, "d": 86_400}
@@ -27,7 +35,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove a version: no name means it any more. Its record stays; gc takes its files later."""
-    removal = remove_version(open_catalog(catalog), version, reason)
+    removal = remove_version(open_to_write(catalog), version, reason)
     if as_json:
         print_json(removal.model_dump(exclude={"schema_version", "token"}))
     else:
@@ -37,7 +45,7 @@ def remove(
 @app.command()
 def restore(version: Version, catalog: CatalogOption, as_json: AsJson = False) -> None:
     """Take the removal of a version back, as long as gc has not taken its files."""
-    record = restore_version(open_catalog(catalog), version)
+    record = restore_version(open_to_write(catalog), version)
     if as_json:
         print_json({"adapter": record.adapter, "version": record.version})
     else:
@@ -59,7 +67,8 @@ def gc(
     if as_json:
         kinds = {"contents": swept.contents, "cached": swept.cached}
         told = {kind: [asdict(found) for found in objects] for kind, objects in kinds.items()}
-        print_json({**told, "size_bytes": swept.size_bytes, "dry_run": dry_run})
+        left = {"unfinished": swept.unfinished, "note": swept.note}
+        print_json({**told, **left, "size_bytes": swept.size_bytes, "dry_run": dry_run})
     else:
         _print_swept(swept, catalog, dry_run)
 
@@ -75,6 +84,13 @@ def _print_swept(swept: Swept, catalog: str, dry_run: bool) -> None:
     console = Console(soft_wrap=True)
     for found in (*swept.contents, *swept.cached):
         console.print(plain(f"{found.key}  {found.size_bytes:,} bytes"))
-    counted = f"{len(swept.contents):,} contents and {len(swept.cached):,} pieces of tokenised data"
+    for place in swept.unfinished:
+        console.print(plain(f"{place}  unfinished"))
+    if swept.note is not None:
+        print_notes([swept.note])
+    counted = (
+        f"{len(swept.contents):,} contents, {len(swept.cached):,} pieces of tokenised data, "
+        f"{len(swept.unfinished):,} unfinished uploads"
+    )
     done = "would be removed from" if dry_run else "removed from"
     console.print(Text(f"{done} {catalog}: {counted}, {swept.size_bytes:,} bytes"))

@@ -1,0 +1,37 @@
+"""Publishing what was trained: a disk that fails is no fault of training."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from raytune_ft.errors import StorageFull
+from raytune_ft.methods.lora import add_lora
+from raytune_ft.planner import Choice, MemoryPlan
+from raytune_ft.spec import LoraSpec, parse_job
+from raytune_ft.train.checkpoint import Position
+from raytune_ft.train.publish import publish
+from raytune_ft.train.run import RunState
+
+
+def test_a_disk_that_is_full_when_the_job_is_written(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = parse_job(
+        {
+            "name": "sums",
+            "model": {"path": "base"},
+            # Its weights fit the disk, and the job does not.
+            "data": {"sources": [{"uri": "x" * (2 << 20)}]},
+            "publish": {"catalog": str(tmp_path / "catalog")},
+        }
+    )
+    model = tiny.llama()
+    add_lora(model, LoraSpec(rank=1), seed=0)
+    choice = Choice("dequantised", 4096, MemoryPlan(1, 2, 3, 4, 5))
+    history = [{"tokens": 1, "learned_tokens": 1, "loss": 1.0}]
+    position = Position(1, "d", "b", choice, threads=1, workers=1, history=history)
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(StorageFull, match="the disk is full"):
+        publish(job, RunState(1, "attempt", "d", "b"), position, {}, None, model, tiny.tokenizer(), None)
+    assert not (tmp_path / "catalog").exists()
