@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -64,6 +65,12 @@ def train(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Tokenise anew, and keep nothing of it in the bucket.")
     ] = False,
+    wait: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="SECONDS", help="Wait so long for an autoscaler to bring missing GPUs."
+        ),
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Train a job and publish the result; the same command goes on where it was stopped."""
@@ -73,11 +80,12 @@ def train(
         raise SpecError(f"--output {output}: name a local folder; the catalog keeps the rest in the bucket")
     from raytune_ft.cli.progress import ProgressDisplay, print_result
 
-    with ProgressDisplay(quiet=as_json) as display:
+    # Ray prints of lost nodes where only the result may stand.
+    with ProgressDisplay(quiet=as_json) as display, redirect_stdout(sys.stderr if as_json else sys.stdout):
         display.update({"phase": "check"})
         from raytune_ft.train.launch import train as run
 
-        result = run(job, folder, restart=restart, cache=not no_cache, on_event=display.update)
+        result = run(job, folder, restart=restart, cache=not no_cache, wait_s=wait, on_event=display.update)
     if as_json:
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:

@@ -143,16 +143,15 @@ def _position(
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
     kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
-    if kept and kept.workers == assignment.job.cluster.workers:
+    if kept and kept.workers == peers.count:
         return kept
     placement = assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
     memory_bytes = int(peers.smallest(_memory_bytes(device) // shared))
     choice = choose(assignment.job, read_facts(folder), memory_bytes)
-    workers = assignment.job.cluster.workers
     if kept:
-        return replace(kept, choice=choice, threads=placement.threads, workers=workers)
-    return Position(0, fingerprint, digest, choice, placement.threads, workers)
+        return replace(kept, choice=choice, threads=placement.threads, workers=peers.count)
+    return Position(0, fingerprint, digest, choice, placement.threads, peers.count)
 
 
 def _device(use_gpu: bool) -> torch.device:

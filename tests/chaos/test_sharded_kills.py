@@ -11,7 +11,7 @@ KILLS = 10
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("zero_stage", [0])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_random_kills_leave_no_trace(tmp_path: Path, zero_stage: int, seed: int) -> None:
     struck, bits = compare(tmp_path, zero_stage=zero_stage, workers=2, kills=KILLS, seed=seed)
     assert struck

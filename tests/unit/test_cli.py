@@ -24,6 +24,7 @@ COMMANDS = [
     (),
     ("train",),
     ("data",),
+    ("plan",),
     ("schema",),
     ("generate",),
     ("catalog",),

@@ -68,7 +68,10 @@ PROBLEMS = [
     (["model.weight_bits=5"], "  model.weight_bits = 5: must be 4, 8, 16 or 32"),
     (["method.rank=-1"], "  method.rank = -1: must be greater than 0"),
     (["method.kind=loraa"], "  method.kind = 'loraa': must be one of 'lora', 'full'"),
-    (["method.kind=full", "method.rank=3"], "  method.rank: no such field; the fields here are kind"),
+    (
+        ["method.kind=full", "method.rank=3"],
+        "  method.rank: no such field; the fields here are kind, train_only, unfreeze",
+    ),
     (["method=3"], "  method = 3: must be a mapping, such as {kind: …}"),
     (
         ["batch.sequences=many"],
