@@ -38,6 +38,8 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+# Before pytest-xdist looks for the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several test processes one runs all that needs a cluster: a second would find no cores."""
     for item in items:
