@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
-.PHONY: install check test demo bench chaos golden format clean
+.PHONY: install check test test-cluster test-local demo bench chaos golden format clean
 
 install: $(VENV)/.installed
 
@@ -28,7 +29,14 @@ format: install
 test: install
 	tests/ceph/install.sh
 	tests/chromium/install.sh
-	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not gpu'
+	$(MAKE) --no-print-directory --jobs=2 --keep-going test-cluster test-local
+
+# Side by side: one process runs all that needs a Ray cluster, since a second one would find no cores.
+test-cluster:
+	$(BIN)/pytest -m 'ray and not slow and not gpu' 2>&1 | sed -u 's/^/cluster | /'
+
+test-local:
+	$(BIN)/pytest -m 'not ray and not slow and not gpu' 2>&1 | sed -u 's/^/  local | /'
 
 chaos: install
 	tests/ceph/install.sh
