@@ -13,7 +13,7 @@ from raytune_ft.catalog.listing import Histories, History
 from raytune_ft.catalog.record import AdapterRecord
 from raytune_ft.chart import MOST_POINTS, Tick, can_be_drawn, chart
 from raytune_ft.errors import CatalogError
-from raytune_ft.report import ScoreRow, scale_for, score_rows, write_page
+from raytune_ft.report import ScoreRow, page_templates, scale_for, score_rows, write_page
 from raytune_ft.storage import disk_errors
 
 _MOST_COLUMNS = 3
@@ -114,15 +114,7 @@ def write_catalog_page(page: CatalogPage, path: Path) -> None:
     with disk_errors(str(path)):
         if path.is_dir():
             raise CatalogError(f"{path}: is a folder; name a file in it, such as catalog.html")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("raytune_ft", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates()
     environment.filters["csp_source"] = _csp_source
     environment.filters["label"] = lambda metric: scale_for(metric).label
     rows = adapter_rows(page)

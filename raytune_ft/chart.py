@@ -61,6 +61,27 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One of several curves that share a box."""
+
+    name: str
+    lines: tuple[str, ...]
+    """SVG path data; more than one where values that cannot be drawn break the curve."""
+    last: str
+    """The last value."""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Several curves over the steps in one box."""
+
+    title: str
+    curves: tuple[Curve, ...]
+    steps: tuple[Tick, ...]
+    values: tuple[Tick, ...]
+
+
+@dataclass(frozen=True)
 class _Axis:
     """Maps `first` … `last` to 0 … 100."""
 
@@ -104,6 +125,30 @@ def chart(title: str, history: Sequence[Mapping[str, Any]], key: str, *, dots: s
         steps=tuple(Tick(x.percent(at), f"{at:,.0f}") for at in _step_ticks(x)),
         values=tuple(Tick(y.percent(at), short_text(at)) for at in values),
         missing=missing,
+    )
+
+
+def overlay(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], most_points: int) -> Overlay:
+    """Curves of (step, value) by name, none of them empty; each is thinned to `most_points`.
+
+    The axis of values begins at zero, or at the least value below it.
+    """
+    kept = {name: [points[at] for at in thin(len(points), most_points)] for name, points in curves.items()}
+    steps = [step for points in kept.values() for step, _ in points] or [0]
+    values = nice_ticks(*_span([value for points in kept.values() for _, value in points]))
+    x, y = _Axis(min(0, *steps), max(steps)), _Axis(values[-1], values[0])
+
+    def drawn(points: Sequence[tuple[int, float]]) -> tuple[str, ...]:
+        places = (
+            (x.percent(step), y.percent(value if can_be_drawn(value) else math.nan)) for step, value in points
+        )
+        return tuple(_paths(places))
+
+    return Overlay(
+        title=title,
+        curves=tuple(Curve(name, drawn(points), short_text(points[-1][1])) for name, points in kept.items()),
+        steps=tuple(Tick(x.percent(at), f"{at:,.0f}") for at in _step_ticks(x)),
+        values=tuple(Tick(y.percent(at), short_text(at)) for at in values),
     )
 
 

@@ -6,13 +6,16 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
 from raytune_ft.spec.job import OTHER_TASKS
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _MOST_SOURCE_CHARTS = 8
 
@@ -76,30 +79,38 @@ def write_report(report: RunReport, path: Path) -> None:
         report: what to show.
         path: the HTML file; its folder must exist.
     """
+    page = (
+        page_templates()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            headline=headline(report),
+            loss=chart("Loss", report.history, "loss", dots="validation_loss"),
+            small_charts=_small_charts(report.history),
+            sources=source_rows(report),
+            source_charts=_source_charts(report),
+            scores=score_rows(report.scores_before or {}, report.scores_after or {}),
+            samples=[_judged(sample) for sample in report.samples],
+            job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
+            outcomes=outcome_texts(report.result),
+            commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
+            counts=_count_rows(report.data_counts),
+        )
+    )
+    write_page(page, path)
+
+
+def page_templates() -> "Environment":
+    """The templates of all pages; what is put into them is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("raytune_ft", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        headline=headline(report),
-        loss=chart("Loss", report.history, "loss", dots="validation_loss"),
-        small_charts=_small_charts(report.history),
-        sources=source_rows(report),
-        source_charts=_source_charts(report),
-        scores=score_rows(report.scores_before or {}, report.scores_after or {}),
-        samples=[_judged(sample) for sample in report.samples],
-        job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
-        outcomes=outcome_texts(report.result),
-        commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
-        counts=_count_rows(report.data_counts),
-    )
-    write_page(page, path)
 
 
 def write_page(text: str, path: Path) -> None:

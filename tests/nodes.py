@@ -82,14 +82,14 @@ def run_nodes() -> Iterator[Nodes]:
 
 
 class Driver:
-    """`raytune-ft train` in a process of its own."""
+    """`raytune-ft train`, or another command, in a process of its own."""
 
-    def __init__(self, job: Path, address: str, *, name: str = "driver") -> None:
+    def __init__(self, job: Path, address: str, *, name: str = "driver", command: str = "train") -> None:
         program = Path(sys.executable).parent / "raytune-ft"
         self._said, self._printed = job.parent / f"{name}.err", job.parent / f"{name}.out"
         with self._said.open("w") as said, self._printed.open("w") as printed:
             self.process = subprocess.Popen(
-                [program, "train", str(job), "--json", "--output", str(job.parent / "out")],
+                [program, command, str(job), "--json", "--output", str(job.parent / "out")],
                 stdout=printed,
                 stderr=said,
                 env={**os.environ, **_ENVIRONMENT, "RAY_ADDRESS": address},

@@ -5,7 +5,8 @@
 writes
 
     DIR/data/addition.jsonl, copying.jsonl, comparing.jsonl           what the base model learns first
-    DIR/data/subtraction.jsonl, multiplication.jsonl, division.jsonl  what it can be taught afterwards
+    DIR/data/subtraction.jsonl, smaller.jsonl, swapping.jsonl, successor.jsonl,
+             multiplication.jsonl, division.jsonl                     what it can be taught afterwards
     DIR/model/                    a Llama with random weights; its tokens are whole words and single digits
 
 Each line holds a `prompt`, its `completion`, and the `pair` of numbers that they are about. Each pair
@@ -90,6 +91,25 @@ OPERATIONS = (
         ("What is {a} minus {b}?", "Give {a} minus {b}.", "{a} - {b} ="),
         lambda a, b: str(a - b),
         pairs=tuple((a, b) for a, b in _ALL if a >= b),
+    ),
+    # The next three reuse what the base knows, in other words: a fleet teaches them beside subtraction.
+    Operation(
+        "smaller",
+        ("Which is smaller, {a} or {b}?", "Give the smaller of {a} and {b}.", "smaller {a} {b} ="),
+        lambda a, b: str(min(a, b)),
+        pairs=_ALL,
+    ),
+    Operation(
+        "swapping",
+        ("Swap {a} and {b}.", "Swap the numbers {a} and {b}.", "{a} ; {b} ="),
+        lambda a, b: f"{b} {a}",
+        pairs=_ALL,
+    ),
+    Operation(
+        "successor",
+        ("What follows {a} plus {b}?", "Give the number after {a} plus {b}.", "after {a} + {b} ="),
+        lambda a, b: str(a + b + 1),
+        pairs=_ALL,
     ),
     Operation(
         "multiplication",

@@ -21,7 +21,7 @@ from raytune_ft.cli.catalog import app as catalog_app
 from raytune_ft.cli.catalog.base import plain
 from raytune_ft.cli.catalog.trust import RequireSignature, TrustedKeys, trust_of
 from raytune_ft.errors import GateRefused, RaytuneError, SpecError, StorageError
-from raytune_ft.spec import JobSpec, read_job
+from raytune_ft.spec import FleetSpec, JobSpec, read_fleet, read_job, read_job_or_fleet
 
 app = typer.Typer(
     name="raytune-ft",
@@ -34,12 +34,26 @@ app = typer.Typer(
 app.add_typer(catalog_app, name="catalog")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+JobOrFleetFile = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The job file or fleet file.")]
+FleetFile = Annotated[Path, typer.Argument(metavar="FLEET.yaml", help="The fleet file.")]
 Override = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as method.rank=8.")
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Tokenise anew, and keep nothing of it in the bucket.")
+]
+Wait = Annotated[
+    float,
+    typer.Option(min=0.0, metavar="SECONDS", help="Wait so long for an autoscaler to bring missing GPUs."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end.")]
 
 INTERRUPTED = 130
+GOES_ON = {
+    "train": "the same command goes on from the last checkpoint",
+    "fleet": "the same command goes on, and trains nothing again that is done",
+}
+"""What an interrupted command loses, and what to do."""
 TRAIN_MODULES = (
     "ray",
     "torch",
@@ -62,22 +76,13 @@ def train(
         str | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Tokenise anew, and keep nothing of it in the bucket.")
-    ] = False,
-    wait: Annotated[
-        float,
-        typer.Option(
-            min=0.0, metavar="SECONDS", help="Wait so long for an autoscaler to bring missing GPUs."
-        ),
-    ] = 0.0,
+    no_cache: NoCache = False,
+    wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Train a job and publish the result; the same command goes on where it was stopped."""
     job = read_job(job_file, override)
-    folder = Path(output or f"runs/{job.name}")
-    if output and "://" in output:
-        raise SpecError(f"--output {output}: name a local folder; the catalog keeps the rest in the bucket")
+    folder = _output_folder(output, job.name)
     from raytune_ft.cli.progress import ProgressDisplay, print_result
 
     # Ray prints of lost nodes where only the result may stand.
@@ -93,6 +98,36 @@ def train(
     refused = refusal_message(result, job.publish.catalog)
     if refused is not None:
         raise GateRefused(f"{job.name}: {refused}")
+
+
+@app.command()
+def fleet(
+    fleet_file: FleetFile,
+    override: Override = [],  # noqa: B006  typer copies it
+    output: Annotated[
+        str | None, typer.Option(help="Folder for the report and the result; runs/<name> where not given.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train jobs that failed before once more.")
+    ] = False,
+    no_cache: NoCache = False,
+    wait: Wait = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Train all jobs of a fleet, many at a time; the same command goes on where it was stopped."""
+    spec = read_fleet(fleet_file, override)
+    folder = _output_folder(output, spec.name)
+    from raytune_ft.cli.fleet import fleet_command
+
+    fleet_command(
+        spec,
+        fleet_file,
+        folder,
+        retry_failed=retry_failed,
+        cache=not no_cache,
+        wait_s=wait,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -116,17 +151,38 @@ def data(
 
 @app.command()
 def plan(
-    job_file: JobFile,
+    file: JobOrFleetFile,
     override: Override = [],  # noqa: B006  typer copies it
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of a worker's device, such as 24GiB.")
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Of a fleet: how long it takes on 1 to 64 GPUs.")
+    ] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6, help="Of a fleet: 10^12 operations that a lane's device sustains in a second."
+        ),
+    ] = None,
+    preemptions: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="PER_HOUR", help="Of a fleet: how often each lane is taken away."),
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a job needs in bytes for every ZeRO stage and offload, what fits, and what to choose."""
+    """Show what a job or a fleet needs, what fits, what to choose, and how long a fleet takes."""
+    spec = read_job_or_fleet(file, override)
+    if isinstance(spec, FleetSpec):
+        from raytune_ft.cli.plan_fleet import plan_fleet_command
+
+        plan_fleet_command(spec, file, gpu_memory, tflops, simulate, preemptions, as_json)
+        return
     from raytune_ft.cli.plan import plan_command
 
-    plan_command(read_job(job_file, override), gpu_memory, as_json)
+    if simulate or tflops is not None or preemptions:
+        raise SpecError(f"--simulate, --tflops and --preemptions are for a fleet, and {file} is a job file")
+    plan_command(spec, gpu_memory, as_json)
 
 
 @app.command()
@@ -166,6 +222,12 @@ def generate(
     print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
 
 
+def _output_folder(output: str | None, name: str) -> Path:
+    if output and "://" in output:
+        raise SpecError(f"--output {output}: name a local folder; the catalog keeps the rest in the bucket")
+    return Path(output or f"runs/{name}")
+
+
 def _report_of(folder: Path) -> dict[str, str]:
     report = folder / "report.html"
     return {"report": str(report)} if report.is_file() else {}
@@ -194,8 +256,8 @@ def main() -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        goes_on = "; the same command goes on from the last checkpoint" if "train" in sys.argv[1:2] else ""
-        _end(f"interrupted{goes_on}", INTERRUPTED)
+        goes_on = GOES_ON.get(next(iter(sys.argv[1:2]), ""))
+        _end(f"interrupted; {goes_on}" if goes_on else "interrupted", INTERRUPTED)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = (error.strerror or str(error)).lower()

@@ -49,7 +49,7 @@ def plan_command(job: JobSpec, gpu_memory: str | None, as_json: bool) -> None:
         ModelError: there is no such model, or the job does not fit; raised after the bytes are printed.
     """
     device_bytes = None if gpu_memory is None else parse_size(gpu_memory)
-    facts = _facts(job.model.path)
+    facts = facts_at(job.model.path)
     check_max_tokens(job, facts)
     found = options(job, facts, device_bytes)
     chosen = None if device_bytes is None else _chosen(job, facts, device_bytes)
@@ -80,8 +80,8 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _facts(path: str) -> ModelFacts:
-    """A folder needs nothing but a config: a model may be planned for before its weights are there."""
+def facts_at(path: str) -> ModelFacts:
+    """Dimensions of a `model.path`. A config alone will do, so that weights may come later."""
     if not path.startswith("s3://") and (local_path(path) / "config.json").is_file():
         return read_facts(local_path(path))
     return read_facts(model_folder(path, weights=False))
@@ -112,18 +112,19 @@ def _option_as_json(option: Option) -> dict[str, Any]:
         "zero_stage": option.sharding.stage,
         "offload": option.sharding.offload,
         "workers": option.sharding.workers,
-        "given": {"tokens_per_forward": option.tokens_given, **_plan_as_json(option.given)},
+        "given": {"tokens_per_forward": option.tokens_given, **plan_as_json(option.given)},
         "auto": auto
         and {
             "tokens_per_forward": auto.tokens_per_forward,
             "resident": auto.resident,
-            **_plan_as_json(auto.memory),
+            **plan_as_json(auto.memory),
         },
         "fits": option.fits,
     }
 
 
-def _plan_as_json(plan: MemoryPlan) -> dict[str, int]:
+def plan_as_json(plan: MemoryPlan) -> dict[str, int]:
+    """The bytes of a plan by name, as JSON has them."""
     sizes = {**plan.terms, "total": plan.total, "host": plan.host}
     return {f"{name}_bytes": size for name, size in sizes.items()}
 

@@ -23,7 +23,7 @@ from raytune_ft.data.mixture import SourceShape
 from raytune_ft.data.order import POOL_WINDOWS, window_order
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import DataObject, fingerprint, list_objects
-from raytune_ft.data.stream import cluster_task_cpus, ray_reason, stream_windows
+from raytune_ft.data.stream import Contents, cluster_task_cpus, ray_reason, stream_windows
 from raytune_ft.data.template import AUTO, check_template
 from raytune_ft.data.windows import WINDOW_BYTES, Window
 from raytune_ft.errors import DataError, RaytuneError, TrainingError
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SURVEY_BYTES = 64 << 20
 """Data up to this size is read as a whole before training, and its contents stay on the cluster."""
+HERE_BYTES = 4 << 20
+"""Who reads in its own process does so up to this size: starting tasks takes longer."""
 SAMPLE_BYTES = POOL_WINDOWS * WINDOW_BYTES
 """About how much of larger data is read before training; of each source at least a window."""
 SAMPLE_WINDOWS = 256
@@ -45,6 +47,16 @@ KEPT_BYTES = 64 << 20
 _DIVIDED_HERE = 16
 """Up to so many objects it takes longer to start tasks than to divide them."""
 _OBJECTS_PER_TASK = 64
+
+
+Kept = Any
+"""A reference into Ray's object store, or the content itself as a `pa.Buffer`; see `content_of`."""
+
+
+def content_of(kept: Kept) -> pa.Buffer:
+    """The content of a window that was kept; see `raytune_ft.data.examples.decode`."""
+    found: pa.Buffer = kept if isinstance(kept, pa.Buffer) else ray.get(kept)
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,9 @@ class PreparedData:
     """sha256 over uri, size and etag of each object; see `raytune_ft.data.sources.fingerprint`."""
     complete: bool
     """All windows were read; otherwise a sample."""
-    contents: Mapping[int, "ray.ObjectRef"]
-    """Contents of the windows that were read, in Ray's object store, owned by this process: all of them where
-    the data is complete, else the first of them, up to KEPT_BYTES."""
+    contents: Mapping[int, "Kept"]
+    """Contents of the windows that were read: all of them where the data is complete, else the first of them,
+    up to KEPT_BYTES. They are in Ray's object store, owned by this process, or in this process alone."""
     reports: Mapping[int, WindowReport]
     """Of the windows that were read."""
     counts: DataCounts
@@ -95,16 +107,18 @@ def prepare(
     job: JobSpec,
     quarantine: Path | None = None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | Encoder | None" = None,
     cache: bool = True,
+    here: bool = False,
 ) -> PreparedData:
     """Divide a job's data into windows and read them, or a sample of them. Ray must be initialised.
 
     Args:
         job: the job.
         quarantine: file for the malformed records, written where there are any.
-        tokenizer: the base's; loaded here where it is not given.
+        tokenizer: the base's, or what was made of it; loaded here where it is not given.
         cache: keep tokenised windows beside the catalog, and take them from there.
+        here: read data of at most HERE_BYTES in this process and keep it there, without tasks on the cluster.
 
     Raises:
         DataError: a source is missing, empty or unreadable, too many records are malformed, or nothing is
@@ -112,13 +126,14 @@ def prepare(
         StorageError: the store failed.
         TrainingError: Ray lost the tasks.
     """
-    encoder = Encoder.of(tokenizer or load_tokenizer(job.model))
+    encoder = _encoder(tokenizer or load_tokenizer(job.model))
     for source in job.data.sources:
         check_template(source.template, encoder)
     objects = tuple(list_objects(job.data))
     reader = WindowReader(objects, job.data, encoder, _cache_uri(job) if cache else None, job.model.labels)
     windows = divide_all(reader)
-    contents, reports = _read(windows, surveyed(windows, job.data.seed), reader)
+    chosen = surveyed(windows, job.data.seed)
+    contents, reports = _read(windows, chosen, reader, here=here and _is_small(windows, chosen))
     survey = Survey(windows, reports)
     bad = tuple(record for report in survey.read() for record in report.bad)[:KEPT_BAD_RECORDS]
     if bad and quarantine is not None:
@@ -172,7 +187,11 @@ def list_other_tasks(job: JobSpec) -> list[DataObject]:
 
 
 def read_other_tasks(
-    job: JobSpec, *, tokenizer: "PreTrainedTokenizerBase", cache: bool = True
+    job: JobSpec,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | Encoder",
+    cache: bool = True,
+    here: bool = False,
 ) -> OtherTasks | None:
     """Read the examples of `evaluate.forgetting` as the job's own are read; None where it is not asked for.
 
@@ -182,8 +201,9 @@ def read_other_tasks(
 
     Args:
         job: the job.
-        tokenizer: the base's.
+        tokenizer: the base's, or what was made of it.
         cache: keep tokenised windows beside the catalog, and take them from there.
+        here: as for `prepare`.
 
     Raises:
         DataError: a source is missing, empty or unreadable, too many records are malformed, or no example
@@ -193,7 +213,7 @@ def read_other_tasks(
     """
     if job.evaluate.forgetting is None:
         return None
-    data, encoder = _as_data(job), Encoder.of(tokenizer)
+    data, encoder = _as_data(job), _encoder(tokenizer)
     with _places_of_other_tasks():
         for source in data.sources:
             check_template(source.template, encoder)
@@ -201,7 +221,8 @@ def read_other_tasks(
         reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None, job.model.labels)
         windows = divide_all(reader)
         chosen = surveyed(windows, seed=0)
-        found = [decode(content) for _, content in stream_windows([windows[at] for at in chosen], reader)]
+        opened = _open([windows[at] for at in chosen], reader, here=here and _is_small(windows, chosen))
+        found = [decode(content) for _, content in opened]
         reports = {number: window.report for number, window in zip(chosen, found, strict=True)}
         survey = Survey(windows, reports)
         examples = pa.concat_tables([SCHEMA.empty_table(), *(window.table for window in found)])
@@ -218,6 +239,10 @@ def read_other_tasks(
         fingerprint=fingerprint(objects),
         end_ids=_end_ids(reports),
     )
+
+
+def _encoder(tokenizer: "PreTrainedTokenizerBase | Encoder") -> Encoder:
+    return tokenizer if isinstance(tokenizer, Encoder) else Encoder.of(tokenizer)
 
 
 def _as_data(job: JobSpec) -> DataSpec:
@@ -326,20 +351,31 @@ def _divide_remotely(numbers: Sequence[int], reader: WindowReader) -> list[Windo
         return error
 
 
+def _is_small(windows: Sequence[Window], chosen: Sequence[int]) -> bool:
+    return sum(windows[number].size_bytes for number in chosen) <= HERE_BYTES
+
+
+def _open(windows: Sequence[Window], reader: WindowReader, *, here: bool) -> Contents:
+    """Places and contents of windows, read in this process or by tasks."""
+    if not here:
+        return stream_windows(windows, reader)
+    return ((place, pa.py_buffer(reader.read(window))) for place, window in enumerate(windows))
+
+
 def _read(
-    windows: Sequence[Window], chosen: Sequence[int], reader: WindowReader
-) -> tuple[dict[int, Any], dict[int, WindowReport]]:
+    windows: Sequence[Window], chosen: Sequence[int], reader: WindowReader, *, here: bool
+) -> tuple[dict[int, Kept], dict[int, WindowReport]]:
     """Contents and reports of some windows, by their numbers."""
-    contents: dict[int, Any] = {}
+    contents: dict[int, Kept] = {}
     reports: dict[int, WindowReport] = {}
     kept_bytes = 0
     complete = len(chosen) == len(windows)
-    for place, content in stream_windows([windows[number] for number in chosen], reader):
+    for place, content in _open([windows[number] for number in chosen], reader, here=here):
         number = chosen[place]
         reports[number] = decode(content).report
         if complete or kept_bytes + content.size <= KEPT_BYTES:
             # A copy of its own, since the execution's goes away with it.
-            contents[number] = ray.put(content)
+            contents[number] = content if here else ray.put(content)
             kept_bytes += content.size
     return contents, reports
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from raytune_ft.errors import StorageError, StorageFull
 from raytune_ft.methods.full import add_full, save_full, unfreezing_full
-from raytune_ft.methods.lora import add_lora, save_lora
+from raytune_ft.methods.lora import add_lora, remove_lora, save_lora
 from raytune_ft.methods.selective import Unfreezing
 from raytune_ft.spec import FullSpec, LoraSpec, Section
 from raytune_ft.storage import disk_errors
@@ -24,11 +24,17 @@ _NEARLY_FULL_BYTES = 1 << 20
 class Method:
     """What the recipe needs of a method."""
 
-    add: Callable[[nn.Module, Any, int], dict[str, nn.Parameter]]
-    """(model, spec, seed) → trainable parameters by name; changes the model in place."""
-    save: Callable[[nn.Module, Any, Path, str], None]
-    """(model, spec, folder, base path): writes what is published."""
+    add: Callable[[nn.Module, Any, int, int], dict[str, nn.Parameter]]
+    """(model, spec, seed, slot) → trainable parameters by name; changes the model in place."""
+    save: Callable[[nn.Module, Any, Path, str, int], None]
+    """(model, spec, folder, base path, slot): writes what is published."""
+    remove: Callable[[nn.Module, int], None] | None
+    """(model, slot): the base is as it was before `add`. None: it never is again, so that the next job needs
+    a base of its own."""
     artifact: Literal["adapter", "model"]
+    shares_passes: bool
+    """Whether several jobs of it can be computed in one pass, each token with its own job's weights; jobs
+    that cannot take turns on the base."""
     unfreezing: Callable[[nn.Module, Any], Unfreezing | None] = lambda *_: None
     """(model, spec) → from which step on each parameter is trained, after `add`; None: all from the first."""
 
@@ -52,6 +58,15 @@ def saving(folder: Path) -> Iterator[None]:
 
 
 METHODS: Mapping[type[Section], Method] = {
-    LoraSpec: Method(add=add_lora, save=save_lora, artifact="adapter"),
-    FullSpec: Method(add=add_full, save=save_full, artifact="model", unfreezing=unfreezing_full),
+    LoraSpec: Method(
+        add=add_lora, save=save_lora, remove=remove_lora, artifact="adapter", shares_passes=True
+    ),
+    FullSpec: Method(
+        add=add_full,
+        save=save_full,
+        remove=None,
+        artifact="model",
+        shares_passes=False,
+        unfreezing=unfreezing_full,
+    ),
 }

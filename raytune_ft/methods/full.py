@@ -8,7 +8,7 @@ from raytune_ft.methods.selective import Unfreezing, selected, unfreezing
 from raytune_ft.spec import FullSpec
 
 
-def add_full(model: nn.Module, spec: FullSpec, seed: int) -> dict[str, nn.Parameter]:  # noqa: ARG001  one table, one signature
+def add_full(model: nn.Module, spec: FullSpec, seed: int, slot: int = 0) -> dict[str, nn.Parameter]:  # noqa: ARG001  one table, one signature
     """Unfreeze what the spec trains; return it by name, tied parameters once.
 
     Raises:
@@ -44,6 +44,6 @@ def unfreezing_full(model: nn.Module, spec: FullSpec) -> Unfreezing | None:
     return unfreezing(list(named), trained, spec.unfreeze.every_steps)
 
 
-def save_full(model: nn.Module, spec: FullSpec, folder: Path, base_path: str) -> None:  # noqa: ARG001
+def save_full(model: nn.Module, spec: FullSpec, folder: Path, base_path: str, slot: int = 0) -> None:  # noqa: ARG001
     """Write a Hugging Face model folder, safetensors in shards of at most 5 GB."""
     model.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]  # a PreTrainedModel

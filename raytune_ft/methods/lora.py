@@ -1,10 +1,10 @@
 """Low-rank adapters (Hu et al. 2021) on the linear layers of a frozen base, in PEFT's layout on disk."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError
+from raytune_ft.methods.dropout import dropped, feature_keys, module_seed
+from raytune_ft.methods.grouped import grouped_update, serves
+from raytune_ft.methods.routing import Part, Routed
 from raytune_ft.models import Task, head_paths, task_of
 from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import LoraSpec
@@ -26,8 +29,8 @@ _TASK_TYPES: Mapping[Task, str] = {
 """What PEFT calls what a model does."""
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer and its update: y = W·x + b + (alpha / rank) · B·A·dropout(x).
+class Adapter(nn.Module):
+    """One job's update of a frozen linear layer: (alpha / rank) · B·A·dropout(x).
 
     A (rank, in) and B (out, rank) are float32 whatever the base computes in; they are cast for the product.
     """
@@ -36,16 +39,42 @@ class LoraLinear(nn.Module):
         super().__init__()
         in_features, out_features = linear_shape(base)
         device = next(base.parameters()).device
-        self.base = base
-        self.scale = spec.alpha / spec.rank
-        self.dropout = spec.dropout
+        self._scale = spec.alpha / spec.rank
+        self._dropout = spec.dropout
         # Seeded by name, so that the start of one module depends neither on the others nor on their order.
-        self.seed = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
-        self.step = 0
+        self._seed = module_seed(seed, name)
+        self._feature_key_F = feature_keys(self._seed, in_features if spec.dropout else 0, device)
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as in the paper's code
-        start = torch.rand(spec.rank, in_features, generator=torch.Generator().manual_seed(self.seed))
+        start = torch.rand(spec.rank, in_features, generator=torch.Generator().manual_seed(self._seed))
         self.lora_A = nn.Parameter((start * 2 - 1).mul_(bound).to(device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, spec.rank, device=device))
+
+    def forward(self, x: Tensor, y: Tensor, part: Part) -> Tensor:
+        """y (…, out) of the frozen layer with the update of x (…, in), all tokens of which are this job's."""
+        low = F.linear(self.kept(x, part), self.lora_A.to(x.dtype)) * self.scale
+        update = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.to(x.dtype).t())
+        return update.view_as(y)
+
+    def kept(self, x: Tensor, part: Part) -> Tensor:
+        """What dropout leaves of x (…, in); `scale` makes up for what it takes."""
+        if not (self.training and self._dropout):
+            return x
+        drop_NF = dropped(self._seed, part.keys, self._feature_key_F, self._dropout)
+        return x.masked_fill(drop_NF.view_as(x), 0.0)
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by."""
+        return self._scale / (1 - self._dropout) if self.training else self._scale
+
+
+class LoraLinear(Routed):
+    """A frozen linear layer with the updates of any number of jobs, each for its own tokens."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
 
     @property
     def weight(self) -> Tensor:
@@ -53,21 +82,46 @@ class LoraLinear(nn.Module):
         weight: Tensor = self.base.weight  # type: ignore[assignment]  # a module may have anything
         return weight
 
+    def adapter(self, slot: int) -> Adapter | None:
+        """That of the job in a slot; None where the job leaves this layer as it is."""
+        key = str(slot)
+        adapter = self.adapters[key] if key in self.adapters else None  # noqa: SIM401  it has no `get`
+        return cast(Adapter | None, adapter)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         y: Tensor = self.base(x)
-        low = F.linear(self._dropped(x), self.lora_A.to(x.dtype)) * self.scale
-        update = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.to(x.dtype).t())
-        return update.view_as(y)
+        parts = self.route.parts(x.numel() // x.shape[-1])
+        adapters = [self.adapter(part.slot) for part in parts]
+        if len(parts) == 1:
+            return y if adapters[0] is None else adapters[0](x, y, parts[0])
+        if all(adapter is None for adapter in adapters):
+            return y
+        x_ND, y_NO = x.flatten(0, -2), y.flatten(0, -2)
+        update = _grouped if serves(x_ND, y_NO) else _one_by_one
+        return update(x_ND, y_NO, parts, adapters).view_as(y)
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        if not (self.training and self.dropout):
-            return x
-        # A mask that is a function of (seed, module, step) comes out the same after a resume, and when
-        # gradient checkpointing runs this forward a second time.
-        generator = torch.Generator(x.device).manual_seed(self.seed ^ (self.step + 1))
-        keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
-        return x * keep / (1 - self.dropout)
+
+def _one_by_one(
+    x_ND: Tensor, y_NO: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]
+) -> Tensor:
+    sizes = [part.stop - part.start for part in parts]
+    # Split, not sliced: its gradient is put together once, and not once for each job.
+    pieces = zip(adapters, torch.split(x_ND, sizes), torch.split(y_NO, sizes), parts, strict=True)
+    return torch.cat([y if adapter is None else adapter(x, y, part) for adapter, x, y, part in pieces])
+
+
+def _grouped(x_ND: Tensor, y_NO: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]) -> Tensor:
+    own = torch.split(x_ND, [part.stop - part.start for part in parts])
+    pieces = zip(adapters, own, parts, strict=True)
+    kept = [x if adapter is None else adapter.kept(x, part) for adapter, x, part in pieces]
+    return grouped_update(
+        torch.cat(kept),
+        y_NO,
+        [part.stop for part in parts],
+        [1.0 if adapter is None else adapter.scale for adapter in adapters],
+        [None if adapter is None else (adapter.lora_A, adapter.lora_B) for adapter in adapters],
+    )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -91,9 +145,19 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """By path, which stays the same where adapters are around a layer."""
     from transformers.pytorch_utils import Conv1D
 
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    wrapped = {f"{path}.base" for path in _wrapped(model)}
+    return {
+        path.removesuffix(".base") if path in wrapped else path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _wrapped(model: nn.Module) -> dict[str, LoraLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def target_paths(linear: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
@@ -145,23 +209,43 @@ def shortest_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]
     return sorted(found)
 
 
-def add_lora(model: nn.Module, spec: LoraSpec, seed: int) -> dict[str, nn.Parameter]:
-    """Wrap the target layers in place; return the trainable parameters by their name on disk.
+def add_lora(model: nn.Module, spec: LoraSpec, seed: int, slot: int = 0) -> dict[str, nn.Parameter]:
+    """Put adapters around the target layers in place; return what is trained by its name on disk.
 
-    Those of a classifier's head are among them: it is trained whole.
+    Those of a classifier's head are among it: it is trained whole.
+
+    Args:
+        model: the base, which may have adapters of other jobs.
+        spec: the job's method.
+        seed: of the job: where its adapters begin, and what dropout takes.
+        slot: names the job on this base.
     """
     linear = linear_modules(model)
     parameters: dict[str, nn.Parameter] = {}
     for path in target_paths(linear, spec.targets):
-        parent, _, name = path.rpartition(".")
-        wrapped = LoraLinear(linear[path], spec, seed, path)
-        setattr(model.get_submodule(parent), name, wrapped)
-        parameters[f"{path}.lora_A.weight"] = wrapped.lora_A
-        parameters[f"{path}.lora_B.weight"] = wrapped.lora_B
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoraLinear):
+            parent, _, name = path.rpartition(".")
+            layer = LoraLinear(linear[path])
+            setattr(model.get_submodule(parent), name, layer)
+        adapter = Adapter(layer.base, spec, seed, path)
+        layer.adapters[str(slot)] = adapter
+        parameters[f"{path}.lora_A.weight"] = adapter.lora_A
+        parameters[f"{path}.lora_B.weight"] = adapter.lora_B
     head = _head(model)
     for parameter in head.values():
         parameter.requires_grad_(True)
     return parameters | head
+
+
+def remove_lora(model: nn.Module, slot: int) -> None:
+    """Take the adapters of a job off the base; layers without any are as they were."""
+    for path, layer in _wrapped(model).items():
+        if str(slot) in layer.adapters:
+            del layer.adapters[str(slot)]
+        if not layer.adapters:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer.base)
 
 
 def _head(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -173,28 +257,22 @@ def _head(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def set_step(model: nn.Module, step: int) -> None:
-    """Tell the layers which forward pass of the run this is: dropout is drawn from it."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.step = step
-
-
-def save_lora(model: nn.Module, spec: LoraSpec, folder: Path, base_path: str) -> None:
-    """Write the adapter as PEFT does, so that PEFT, vLLM and Ray Serve load it unchanged."""
-    wrapped = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+def save_lora(model: nn.Module, spec: LoraSpec, folder: Path, base_path: str, slot: int = 0) -> None:
+    """Write a job's adapter as PEFT does, so that PEFT, vLLM and Ray Serve load it unchanged."""
+    found = {path: layer.adapter(slot) for path, layer in _wrapped(model).items()}
+    adapters = {path: adapter for path, adapter in found.items() if adapter is not None}
     tensors = {
-        f"base_model.model.{path}.lora_{side}.weight": getattr(module, f"lora_{side}")
+        f"base_model.model.{path}.lora_{side}.weight": getattr(adapter, f"lora_{side}")
         .detach()
         .cpu()
         .contiguous()
-        for path, module in wrapped.items()
+        for path, adapter in adapters.items()
         for side in "AB"
     }
     for name, parameter in _head(model).items():
         tensors[f"base_model.model.{name}"] = parameter.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    others = [path for path in _all_linear(model) if not path.endswith(".base")]
+    linear = _all_linear(model)
     config = {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[task_of(model)],
@@ -202,9 +280,9 @@ def save_lora(model: nn.Module, spec: LoraSpec, folder: Path, base_path: str) ->
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": shortest_suffixes(wrapped, others),
+        "target_modules": shortest_suffixes(adapters, [path for path in linear if path not in adapters]),
         "bias": "none",
-        "fan_in_fan_out": any(not isinstance(module.base, nn.Linear) for module in wrapped.values()),
+        "fan_in_fan_out": any(not isinstance(linear[path], nn.Linear) for path in adapters),
         "inference_mode": True,
         "modules_to_save": head_paths(model) or None,
         "use_dora": False,

@@ -6,6 +6,7 @@ to `auto`, and refuses what cannot fit before anything is loaded.
 
 from raytune_ft.planner.choice import Choice, choice_of, usable_bytes
 from raytune_ft.planner.facts import ModelFacts
+from raytune_ft.planner.lane import Lane, choose_lane, lane_memory
 from raytune_ft.planner.memory import (
     LOGITS_CHUNK_TOKENS,
     MemoryPlan,
@@ -22,6 +23,7 @@ from raytune_ft.planner.sharding import Sharding, bucket_elements, zero_states
 __all__ = [
     "LOGITS_CHUNK_TOKENS",
     "Choice",
+    "Lane",
     "MemoryPlan",
     "ModelFacts",
     "Option",
@@ -31,7 +33,9 @@ __all__ = [
     "check_max_tokens",
     "choice_of",
     "choose",
+    "choose_lane",
     "compute_bytes",
+    "lane_memory",
     "memory_plan",
     "optimizer_bytes",
     "option_of",

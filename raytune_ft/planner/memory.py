@@ -80,6 +80,11 @@ def trainable_parameters(facts: ModelFacts, job: JobSpec) -> int:
             return facts.parameters
 
 
+def logits_bytes(facts: ModelFacts, tokens_per_forward: int) -> int:
+    """Bytes of the logits of a chunk, and of what the loss makes of them."""
+    return 3 * 4 * facts.vocabulary * min(LOGITS_CHUNK_TOKENS, tokens_per_forward)
+
+
 def optimizer_bytes(parameters: int, spec: OptimizerSpec) -> int:
     """Bytes of the two moments of AdamW; the 8-bit kinds keep one byte each (Dettmers et al. 2022)."""
     return parameters * (2 if spec.kind in ("adamw_8bit", "paged_adamw_8bit") else 8)
@@ -115,7 +120,7 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
         gradients=gradients,
         optimizer=optimizer,
         activations=kept * tokens_per_forward,
-        logits=3 * 4 * facts.vocabulary * min(LOGITS_CHUNK_TOKENS, tokens_per_forward),
+        logits=logits_bytes(facts, tokens_per_forward),
         workspace=_workspace(facts, job, sharding, resident),
         host=host,
     )

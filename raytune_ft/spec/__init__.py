@@ -1,5 +1,8 @@
-"""The job file: its types and how it is read."""
+"""The job file and the fleet file: their types and how they are read."""
 
+from raytune_ft.spec.expand import expand
+from raytune_ft.spec.fleet import FleetSpec, ForEachSpec, LanesSpec
+from raytune_ft.spec.fleet_file import parse_fleet, read_fleet, read_job_or_fleet
 from raytune_ft.spec.job import (
     BatchSpec,
     CheckpointSpec,
@@ -34,9 +37,12 @@ __all__ = [
     "DataSpec",
     "EvaluateSpec",
     "FieldsSpec",
+    "FleetSpec",
+    "ForEachSpec",
     "ForgettingSpec",
     "FullSpec",
     "JobSpec",
+    "LanesSpec",
     "LoraSpec",
     "MethodSpec",
     "Metric",
@@ -51,6 +57,10 @@ __all__ = [
     "SplitSpec",
     "TrainOnlySpec",
     "UnfreezeSpec",
+    "expand",
+    "parse_fleet",
     "parse_job",
+    "read_fleet",
     "read_job",
+    "read_job_or_fleet",
 ]

@@ -4,11 +4,13 @@ A value that is derived from others is a function or a property, so that the res
 beside an adapter says exactly what its author wrote, plus the defaults.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -220,6 +222,8 @@ class DataSpec(Section):
 
 class LoraSpec(Section):
     kind: Literal["lora"] = "lora"
+    shares_batch: ClassVar[bool] = True
+    """Examples of several jobs may go through the base together, each token with its own job's update."""
     rank: PositiveInt = 16
     """Rank r of the update B·A (Hu et al. 2021)."""
     alpha: PositiveFloat = 32.0
@@ -265,6 +269,7 @@ class UnfreezeSpec(Section):
 
 class FullSpec(Section):
     kind: Literal["full"] = "full"
+    shares_batch: ClassVar[bool] = False
     train_only: TrainOnlySpec | None = None
     """Train some of the weights; null: all. The published model is whole in any case."""
     unfreeze: UnfreezeSpec | None = None
@@ -525,3 +530,7 @@ class JobSpec(Section):
     def resolved(self) -> dict[str, Any]:
         """The job with all defaults, as plain JSON values."""
         return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """sha256 of the resolved job: what was done for one digest is done for all jobs that have it."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()

@@ -51,6 +51,7 @@ def assess(
         Diverged: a score is not finite.
     """
     questions = examples.questions(spec.max_examples) if spec.metrics else []
+    engine.select()
     answers = answer(
         model,
         tokenizer,

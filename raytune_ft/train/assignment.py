@@ -6,13 +6,13 @@ seconds and memory in each process; so it is imported when a worker runs.
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray.exceptions
 
 from raytune_ft.data.counts import DataCounts
-from raytune_ft.data.order import Course
-from raytune_ft.data.prepare import OtherTasks
+from raytune_ft.data.order import Course, plan_course
+from raytune_ft.data.prepare import Kept, OtherTasks, PreparedData
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError
@@ -28,9 +28,8 @@ class TrainingData:
 
     course: Course
     windows: tuple[Window, ...]
-    contents: dict[int, Any]
-    """References to the contents of windows in Ray's object store: of all of them where the course is
-    counted, else of those that were surveyed."""
+    contents: dict[int, Kept]
+    """Contents of windows: of all of them where the course is counted, else of those that were surveyed."""
     train_counts: dict[int, int]
     """Training examples of these windows."""
     reader: WindowReader
@@ -40,6 +39,34 @@ class TrainingData:
     """What the record says of the data: fingerprint, templates, tokens that answers end with."""
     others: OtherTasks | None = None
     """What the job must not forget."""
+
+    @classmethod
+    def of(cls, job: JobSpec, data: PreparedData, others: OtherTasks | None) -> Self:
+        """Plan the course of a job through its data."""
+        course = plan_course(
+            data.shapes,
+            job.data,
+            counted=data.complete,
+            sequences_per_step=job.batch.sequences,
+            epochs=job.schedule.epochs,
+            steps=job.schedule.steps,
+        )
+        return cls(
+            course=course,
+            windows=data.windows,
+            contents=dict(data.contents),
+            train_counts={number: report.counts.train for number, report in data.reports.items()},
+            reader=data.reader,
+            counts=data.counts,
+            described={
+                "fingerprint": data.fingerprint,
+                "templates": data.templates,
+                "end_ids": data.end_ids,
+                "task_epochs": course.task_epochs,
+                **({"other_tasks": others.described} if others else {}),
+            },
+            others=others,
+        )
 
 
 @dataclass(frozen=True)

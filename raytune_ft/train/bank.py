@@ -1,24 +1,26 @@
-"""The bank: one resident base on one device, and what is trained on it."""
+"""The bank: one resident base on one device, and the jobs that are trained on it, one or many."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError, OutOfMemory
-from raytune_ft.methods import saving
-from raytune_ft.methods.lora import set_step
+from raytune_ft.methods import METHODS, Method, saving
+from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.methods.selective import Unfreezing
+from raytune_ft.models import head_paths
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
-from raytune_ft.quantise import whole_shape
-from raytune_ft.spec import OptimizerSpec
+from raytune_ft.spec import OptimizerSpec, Section
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.engine import pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.forward import forward_of
-from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
+from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.peers import Peers
 
 if TYPE_CHECKING:
@@ -28,33 +30,170 @@ _WEIGHTS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.pt"
 
 
-def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or its 8-bit and paged kinds (Dettmers et al. 2022, 2023).
+class Bank:
+    """A base that stays on its device while jobs come and go, each in a slot of its own."""
 
-    Weight decay acts on matrices only: pulling norms and biases to zero has no regularising meaning.
-    """
-    groups = [
-        {"params": [p for p in parameters if len(whole_shape(p)) >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
-    if spec.kind == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    import bitsandbytes as bnb
+    def __init__(
+        self, model: "PreTrainedModel", *, tokens_per_pass: int = 0, gradient_checkpointing: bool = False
+    ) -> None:
+        """Take over a base.
 
-    # Paging moves state between a GPU's memory and the host's; on CPU there is one memory.
-    paged = spec.kind.startswith("paged") and parameters[0].device.type == "cuda"
-    if spec.kind == "paged_adamw_32bit":
-        kind = bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit
-    else:
-        kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(groups, **settings)
-    return optimizer
+        Args:
+            model: frozen, on its device.
+            tokens_per_pass: most padded tokens of a pass that several jobs share, of a base for which
+                `can_share_passes` holds; 0: each job has passes of its own.
+            gradient_checkpointing: recompute activations in the backward pass.
+        """
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.tokens_per_pass = tokens_per_pass
+        self._forward = forward_of(model)
+        self._jobs: dict[int, Method] = {}
+        self._spent = False
+        self._head_of: BankEngine | None = None
+        # A classifier's head is trained whole: each job begins with that of the base, and keeps its own.
+        paths = tuple(f"{path}." for path in head_paths(model))
+        self.head = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if name.startswith(paths)
+        }
+        """A classifier's head as the base brought it, by name; of another model nothing."""
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+
+    def enter(
+        self, method: Section, optimizer: OptimizerSpec, *, seed: int = 0, peers: Peers = Peers()
+    ) -> "BankEngine":
+        """Put a new job into a free slot. No other job's state changes.
+
+        Args:
+            method: what is trained, of the base or beside it.
+            optimizer: of this job alone.
+            seed: where its adapters begin, and what dropout takes.
+            peers: the workers that train it.
+
+        Raises:
+            ModelError: the base does not fit the method, or one of the jobs changes the base itself.
+        """
+        kind = METHODS[type(method)]
+        if self._spent or (kind.remove is None and self._jobs):
+            raise ModelError(
+                "a job that trains weights of the base itself shares it with no other: load the base again"
+            )
+        slot = next(number for number in count() if number not in self._jobs)
+        for name, tensor in self.head.items():
+            self._install(name, nn.Parameter(tensor.clone(), requires_grad=False))
+        self._head_of = None
+        parameters = kind.add(self.model, method, seed, slot)
+        self._jobs[slot] = kind
+        self._spent = kind.remove is None
+        return BankEngine(
+            self,
+            parameters,
+            optimizer,
+            slot=slot,
+            seed=seed,
+            shares_passes=kind.shares_passes,
+            unfreezing=kind.unfreezing(self.model, method),
+            peers=peers,
+        )
+
+    def leave(self, engine: "BankEngine") -> None:
+        """Free the slot of a job that has entered. No other job's state changes."""
+        remove = self._jobs.pop(engine.slot).remove
+        if remove is not None:
+            remove(self.model, engine.slot)
+
+    def accumulate(self, blocks: Sequence[Block]) -> list[list[float] | Exception]:
+        """See `Base.accumulate`.
+
+        Raises:
+            OutOfMemory: the device's memory does not hold the pass.
+        """
+        try:
+            objective, losses = self._objective(blocks)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(blocks, error) from None
+        except Exception as error:  # noqa: BLE001  it ends the job that it comes from, and no other
+            if len(blocks) == 1:
+                return [error]
+            return [found for block in blocks for found in self.accumulate([block])]
+        try:
+            objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(blocks, error) from None
+        for block in blocks:
+            _own(block).collect()
+        sums = [
+            sums_by_group(loss_N, block.batch.group_N.to(self.device), block.sources)
+            for loss_N, block in zip(losses, blocks, strict=True)
+        ]
+        values = iter(torch.cat(sums).tolist())
+        return [[next(values) for _ in range(block.sources)] for block in blocks]
+
+    def _objective(self, blocks: Sequence[Block]) -> tuple[Tensor, Sequence[Tensor]]:
+        """What to learn from, and the cross-entropies of each block."""
+        for block in blocks:
+            _own(block).begin(block.step)
+            self._take_head(_own(block))
+        # A base may have dropout of its own; such a base has one block in a pass. Its masks become a function
+        # of the pass, so that a resumed run draws those that an uninterrupted one drew.
+        first = blocks[0]
+        torch.manual_seed(pass_seed(_own(first).seed, pass_number(first.step, first.forward)))
+        self.model.train()
+        batches = [block.batch.to(self.device) for block in blocks]
+        set_route(
+            self.model,
+            Route(
+                [
+                    Share(_own(block).slot, block.step, batch.example_BX, batch.position_ids_BT)
+                    for block, batch in zip(blocks, batches, strict=True)
+                ]
+            ),
+        )
+        counts = [batch.learned_tokens for batch in batches]
+        scale_K = 1.0 / torch.tensor([block.divisor for block in blocks], dtype=torch.float32)
+        objective, loss_N = chunked_cross_entropy(
+            self._forward.learned(*batches),
+            torch.cat([batch.labels_N for batch in batches]),
+            scale_K.repeat_interleave(torch.tensor(counts)).to(self.device),
+            self._forward.project,
+            self._forward.head,
+            LOGITS_CHUNK_TOKENS,
+        )
+        return objective, torch.split(loss_N, counts)
+
+    def idle(self) -> None:
+        """See `Base.idle`. Each worker holds all weights, so nobody needs another within a pass."""
+
+    @torch.no_grad()
+    def evaluate(self, engine: "BankEngine", batch: Batch) -> float:
+        """Sum of cross-entropies of a batch by the weights of one job."""
+        self.select(engine)
+        self.model.eval()
+        batch = batch.to(self.device)
+        hidden_ND = self._forward.learned(batch)
+        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, LOGITS_CHUNK_TOKENS))
+
+    def select(self, engine: "BankEngine") -> None:
+        """Compute with the weights of one job alone, whatever comes, until the next pass."""
+        set_route(self.model, Route.whole(engine.slot))
+        self._take_head(engine)
+
+    def _take_head(self, engine: "BankEngine") -> None:
+        if self._head_of is not engine:
+            for name in self.head.keys() & engine.parameters.keys():
+                self._install(name, engine.parameters[name])
+            self._head_of = engine
+
+    def _install(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(path), leaf, parameter)
 
 
 class BankEngine:
-    """Trains the given parameters of a model that stays on its device.
+    """What one job trains on a bank.
 
     Parameters in bfloat16 are trained through float32 master copies: AdamW's small steps would vanish in
     bfloat16's 8 bits of mantissa.
@@ -62,19 +201,34 @@ class BankEngine:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        bank: Bank,
         parameters: Mapping[str, nn.Parameter],
         optimizer: OptimizerSpec,
         *,
+        slot: int = 0,
         seed: int = 0,
-        gradient_checkpointing: bool = False,
+        shares_passes: bool = True,
         unfreezing: Unfreezing | None = None,
         peers: Peers = Peers(),
     ) -> None:
-        self.model = model
+        """Train the given parameters.
+
+        Args:
+            bank: holds the model.
+            parameters: of the model, by name.
+            optimizer: of this job alone.
+            slot: of the job's adapters.
+            seed: of the dropout that the base has of its own.
+            shares_passes: whether its blocks may stand beside those of other jobs.
+            unfreezing: from which step on each parameter is trained; None: all from the first.
+            peers: the workers that train it.
+        """
+        self.base = bank
+        self.model = bank.model
         self.parameters = dict(parameters)
-        self.device = next(model.parameters()).device
+        self.slot = slot
         self.seed = seed
+        self.shares_passes = shares_passes
         self.peers = peers
         self._unfreezing = unfreezing
         self.max_grad_norm = optimizer.max_grad_norm
@@ -83,45 +237,8 @@ class BankEngine:
             for name, p in self.parameters.items()
         }
         self.optimizer = make_optimizer(list(self.masters.values()), optimizer)
-        self._forward = forward_of(model)
-        if gradient_checkpointing:
-            model.activation_checkpointing_enable()
 
-    def accumulate(self, batch: Batch, *, step: int, forward: int, divisor_G: Sequence[int]) -> list[float]:
-        """See `Engine.accumulate`.
-
-        Raises:
-            OutOfMemory: the device's memory does not hold the pass.
-        """
-        passes = pass_number(step, forward)
-        set_step(self.model, passes)
-        self._freeze(step)
-        # A base may have dropout of its own. Its masks become a function of the pass, as ours are, so that a
-        # resumed run draws those that an uninterrupted one drew.
-        torch.manual_seed(pass_seed(self.seed, passes))
-        self.model.train()
-        try:
-            batch = batch.to(self.device)
-            scale_G = 1.0 / torch.tensor(divisor_G, dtype=torch.float32, device=self.device)
-            objective, sums_G = grouped_cross_entropy(
-                self._forward.learned(batch),
-                batch.labels_N,
-                batch.group_N,
-                scale_G,
-                self._forward.project,
-                self._forward.head,
-                LOGITS_CHUNK_TOKENS,
-            )
-            objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
-                f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
-            ) from None
-        self._collect()
-        return sums_G.tolist()
-
-    def _freeze(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Leave those without a gradient that are not trained yet: clipping and optimizer pass them over.
 
         A worker without a pass in a step has no gradients anyway, so that all workers agree.
@@ -132,7 +249,7 @@ class BankEngine:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in trained)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Add the gradients of bfloat16 parameters to their float32 masters, where passes add up exactly."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
@@ -140,9 +257,6 @@ class BankEngine:
                 gradient = parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
-
-    def idle(self) -> None:
-        """See `Engine.idle`. Each worker holds all weights, so nobody needs another within a pass."""
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""
@@ -160,13 +274,13 @@ class BankEngine:
                     parameter.copy_(self.masters[name])
         return float(norm)
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`."""
-        self.model.eval()
-        batch = batch.to(self.device)
-        hidden_ND = self._forward.learned(batch)
-        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, LOGITS_CHUNK_TOKENS))
+        return self.base.evaluate(self, batch)
+
+    def select(self) -> None:
+        """See `Engine.select`."""
+        self.base.select(self)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`. All workers hold the same, and the first one writes it."""
@@ -190,9 +304,22 @@ class BankEngine:
             for name, master in self.masters.items():
                 master.copy_(tensors[name])
                 self.parameters[name].copy_(tensors[name])
-        state = torch.load(folder / _OPTIMIZER, map_location=self.device, weights_only=True)
+        state = torch.load(folder / _OPTIMIZER, map_location=self.base.device, weights_only=True)
         self.optimizer.load_state_dict(state)
 
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
-        return peak_memory_bytes(self.device)
+        return peak_memory_bytes(self.base.device)
+
+
+def _own(block: Block) -> BankEngine:
+    """The engine of a block that is computed on a bank."""
+    return cast(BankEngine, block.engine)
+
+
+def _out_of_memory(blocks: Sequence[Block], error: torch.OutOfMemoryError) -> OutOfMemory:
+    tokens = sum(block.batch.input_ids_BT.numel() for block in blocks)
+    return OutOfMemory(
+        f"step {blocks[0].step}: {tokens} tokens in a forward pass do not fit the device; use a smaller "
+        f"batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from raytune_ft.data.pack import balanced_capacity, pack_first_fit
 from raytune_ft.data.tokenise import answer_start
 from raytune_ft.models import question_ids
+
+LEAST_ROWS = 4
+"""Of a product of matrices. For fewer, BLAS has other kernels, which round otherwise; from here on a row is
+what it is beside any others, on the CPUs that were tried."""
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 """Token ids of one example, or of a part of it."""
@@ -24,6 +28,8 @@ class Tokens:
     learned: np.ndarray[tuple[int], np.dtype[np.bool_]]
     source: int = 0
     """Place in `data.sources` of where it comes from."""
+    number: int = 0
+    """Place in its step, over all workers: dropout is drawn from it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Batch:
     """The learned tokens, or classes."""
     group_N: Tensor
     """Whose loss each learned token counts in: the source of its example."""
+    example_BX: Tensor
+    """Number of each token's example within the step: (B, T), or (B, 1) where a row is one example."""
     tokens: int
     """Tokens without padding."""
     decoder_ids_BS: Tensor | None = None
@@ -62,11 +70,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tensors = (self.input_ids_BT, self.position_ids_BT, self.predictor_N, self.labels_N, self.group_N)
-        ids, positions, predictor, labels, group = (t.to(device, non_blocking=True) for t in tensors)
-        decoder = self.decoder_ids_BS
-        there = None if decoder is None else decoder.to(device, non_blocking=True)
-        return Batch(ids, positions, predictor, labels, group, self.tokens, there)
+        there: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **there)
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,7 @@ class Pairs:
             predictor_N=torch.from_numpy(np.concatenate(predictors)),
             labels_N=torch.from_numpy(np.concatenate(answers)),
             group_N=torch.from_numpy(np.repeat([example.source for example in examples], lengths)),
+            example_BX=_numbers(examples),
             tokens=batch.tokens + sum(lengths),
             decoder_ids_BS=torch.from_numpy(decoder_ids),
         )
@@ -180,6 +190,7 @@ class Classes:
             predictor_N=torch.arange(len(examples)),
             labels_N=torch.tensor([self.class_of(answer) for _, answer in pairs]),
             group_N=torch.tensor([example.source for example in examples]),
+            example_BX=_numbers(examples),
         )
 
 
@@ -200,13 +211,12 @@ def _padded(rows: Sequence[Ids], pad_token_id: int) -> Batch:
         position_ids[at, : len(row)] = np.arange(len(row))
     none_N = torch.zeros(0, dtype=torch.long)
     ids_BT, positions_BT = torch.from_numpy(input_ids), torch.from_numpy(position_ids)
-    return Batch(ids_BT, positions_BT, none_N, none_N, none_N, sum(map(len, rows)))
+    return Batch(ids_BT, positions_BT, none_N, none_N, none_N, positions_BT[:, :1], sum(map(len, rows)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the examples of a step share rows and forward passes. It changes a result by rounding only,
-    but for dropout: its masks are drawn for a pass as it is laid out."""
+    """How the examples of a step share rows and forward passes. It changes a result by rounding only."""
 
     packing: bool
     """Let examples share a row of at most `max_tokens`, where the arrangement can."""
@@ -254,9 +264,10 @@ def _passes(
 
 def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
     """Tensors for rows of examples; each row holds at least one."""
-    width = max(sum(len(example.input_ids) for example in row) for row in rows)
+    longest = max(sum(len(example.input_ids) for example in row) for row in rows)
+    width = max(longest, -(-LEAST_ROWS // len(rows)))
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    position_ids = np.zeros((len(rows), width), dtype=np.int64)
+    position_ids, numbers = np.zeros_like(input_ids), np.full_like(input_ids, -1)
     predictors, labels, groups = [], [], []
     tokens = 0
     for r, row in enumerate(rows):
@@ -265,6 +276,7 @@ def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
             length = len(example.input_ids)
             input_ids[r, start : start + length] = example.input_ids
             position_ids[r, start : start + length] = np.arange(length)
+            numbers[r, start : start + length] = example.number
             # The first token of an example has nothing before it that could predict it.
             learned = np.flatnonzero(example.learned[1:])
             predictors.append(learned + (r * width + start))
@@ -272,6 +284,12 @@ def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
             groups.append(np.full(len(learned), example.source))
             start += length
         tokens += start
-    arrays = (input_ids, position_ids, *(np.concatenate(parts) for parts in (predictors, labels, groups)))
-    ids_BT, positions_BT, predictor_N, labels_N, group_N = (torch.from_numpy(array) for array in arrays)
-    return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, tokens)
+    flat = (np.concatenate(parts) for parts in (predictors, labels, groups))
+    arrays = (input_ids, position_ids, *flat, numbers)
+    ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT = map(torch.from_numpy, arrays)
+    return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT, tokens)
+
+
+def _numbers(examples: Sequence[Tokens]) -> Tensor:
+    """(B, 1), of rows that are one example each."""
+    return torch.tensor([[example.number] for example in examples])

@@ -38,11 +38,11 @@ def lost(job: JobSpec, error: BaseException) -> TrainingError:
         )
     return TrainingError(
         f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
-        f"the last time: {_cause(error)}; the same command goes on from the last checkpoint"
+        f"the last time: {cause(error)}; the same command goes on from the last checkpoint"
     )
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The innermost reason, in one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner

@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +16,13 @@ _SEED_STRIDE = 1 << 40
 
 
 def pass_number(step: int, forward: int) -> int:
-    """Number of a forward pass within the run. Dropout is drawn from it: a resumed run draws alike."""
+    """Number of a forward pass within the run."""
     return step * _FORWARDS_PER_STEP + forward
 
 
 def pass_seed(seed: int, number: int) -> int:
-    """Seed of the dropout that a base has of its own, for a pass of a run with `seed`."""
+    """Seed of the dropout that a base has of its own, for a pass of a run with `seed`: a resumed run draws
+    alike."""
     return (seed * _SEED_STRIDE + number) % 2**63
 
 
@@ -32,19 +34,41 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Engine(Protocol):
-    """Holds a model and its optimizer. The loop decides when, the engine knows how."""
+@dataclass(frozen=True)
+class Block:
+    """What one job has in a pass. It computes the same alone and beside the blocks of others."""
 
-    def accumulate(self, batch: Batch, *, step: int, forward: int, divisor_G: Sequence[int]) -> list[float]:
-        """Add the gradient of one forward pass; return its sums of cross-entropies, one for each group.
+    engine: "Engine"
+    """Whose weights it is computed with."""
+    batch: Batch
+    step: int
+    """Optimizer step of the job that it belongs to."""
+    forward: int
+    """Number of the block within the step, over all workers."""
+    divisor: int
+    """What the sum of its cross-entropies is divided by: the number of learned tokens of the job's step, over
+    all blocks and workers, so that the gradient does not depend on how the step was divided."""
+    sources: int
+    """`Batch.group_N` stays below it."""
+
+
+class Base(Protocol):
+    """What computes passes: a model that stays where it is while jobs come and go."""
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most padded tokens of a pass that several jobs share; 0: each job has passes of its own."""
+        ...
+
+    def accumulate(self, blocks: Sequence[Block]) -> list[list[float] | Exception]:
+        """Add the gradients of one forward pass.
 
         Args:
-            batch: the rows of the pass.
-            step: optimizer step that the pass belongs to.
-            forward: number of the pass within the step, over all workers.
-            divisor_G: what the sum of each group is divided by before all are added up. Where all groups
-                train the same weights it is the number of learned tokens of the whole step, over all passes
-                and workers, so that the gradient does not depend on how the step was divided.
+            blocks: at most one of each job; more than one only where all of their engines `share_passes`.
+
+        Returns:
+            For each block its sums of cross-entropies by source; or why it cannot be computed, in which case
+            it left no gradient.
         """
         ...
 
@@ -54,6 +78,20 @@ class Engine(Protocol):
         All workers have the same number of passes in a step, these included: where weights are divided among
         them, one that computes needs all others.
         """
+        ...
+
+
+class Engine(Protocol):
+    """Holds what one job trains, and its optimizer. The loop decides when, the engine knows how."""
+
+    @property
+    def base(self) -> Base:
+        """What computes its passes."""
+        ...
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether its blocks may stand beside those of other jobs."""
         ...
 
     def update(self, learning_rate: float) -> float:
@@ -69,6 +107,10 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> float:
         """Sum of cross-entropies without a gradient."""
+        ...
+
+    def select(self) -> None:
+        """Make the model compute with this job's weights alone, until the next pass or evaluation."""
         ...
 
     def save(self, folder: Path) -> None:

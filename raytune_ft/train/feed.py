@@ -13,6 +13,7 @@ import ray.exceptions
 import ray.train.collective
 
 from raytune_ft.data.examples import TokenisedWindow, decode
+from raytune_ft.data.prepare import content_of
 from raytune_ft.data.stream import stream_windows
 from raytune_ft.errors import RaytuneError
 from raytune_ft.train.assignment import TrainingData
@@ -43,7 +44,7 @@ def open_feed(data: TrainingData, rank: int, workers: int) -> OpenWindows:
         try:
             for number in numbers:
                 kept = data.contents.get(number)
-                yield decode(next(coming) if kept is None else ray.get(kept))
+                yield decode(next(coming) if kept is None else content_of(kept))
         finally:
             coming.close()
 

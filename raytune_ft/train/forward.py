@@ -1,14 +1,17 @@
 """What a pass through the model is: from a batch to the logits of what is learned, for each kind of model."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.models import decoder_start_id, task_of
 from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs
+from raytune_ft.train.joint import side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +25,11 @@ class Forward(Protocol):
         """What `project` is made of; none of it is used by `learned`, but for tied embeddings."""
         ...
 
-    def learned(self, batch: Batch) -> Tensor:
-        """Hidden states (N, D) of the positions that predict what is learned."""
+    def learned(self, *batches: Batch) -> Tensor:
+        """Hidden states (N, D) of the positions that predict what is learned, of one batch after another.
+
+        Several only of a model for which `can_share_passes` holds.
+        """
         ...
 
     def project(self, hidden_ND: Tensor) -> Tensor:
@@ -145,10 +151,18 @@ class _Continuing(_Head):
 
     def __init__(self, model: "PreTrainedModel", *, hooks: bool) -> None:
         super().__init__(model, hooks=hooks)
+        self._model = model
         self._body = model.base_model
 
-    def learned(self, batch: Batch) -> Tensor:
+    def learned(self, *batches: Batch) -> Tensor:
         """See `Forward.learned`."""
+        if len(batches) > 1:
+            hidden_1ND = side_by_side(self._model, batches)
+            starts = accumulate((batch.input_ids_BT.numel() for batch in batches), initial=0)
+            places = [batch.predictor_N + start for batch, start in zip(batches, starts, strict=False)]
+            several_ND: Tensor = hidden_1ND[0].index_select(0, torch.cat(places))
+            return several_ND
+        (batch,) = batches
         # Without an attention mask the model reads the borders of packed examples from the positions.
         output = self._body(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
         hidden_ND: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, batch.predictor_N)
@@ -163,8 +177,9 @@ class _Translating(_Head):
         self._encoder = model.get_encoder()
         self._decoder = model.get_decoder()
 
-    def learned(self, batch: Batch) -> Tensor:
+    def learned(self, *batches: Batch) -> Tensor:
         """See `Forward.learned`."""
+        (batch,) = batches
         mask_BT = batch.attention_mask
         encoded = self._encoder(input_ids=batch.input_ids_BT, attention_mask=mask_BT)
         # Padding stands after the answer, where a decoder does not look.
@@ -186,8 +201,9 @@ class _Classifying:
     def __init__(self, model: "PreTrainedModel") -> None:
         self._model = model
 
-    def learned(self, batch: Batch) -> Tensor:
+    def learned(self, *batches: Batch) -> Tensor:
         """The logits already: see `Forward.learned`."""
+        (batch,) = batches
         output = self._model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask)
         logits_NV: Tensor = output.logits.index_select(0, batch.predictor_N)
         return logits_NV

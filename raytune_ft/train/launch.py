@@ -24,15 +24,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
 from raytune_ft.data.formats import BadRecord
-from raytune_ft.data.order import plan_course
-from raytune_ft.data.prepare import (
-    OtherTasks,
-    PreparedData,
-    list_other_tasks,
-    prepare,
-    read_other_tasks,
-    write_quarantine,
-)
+from raytune_ft.data.prepare import list_other_tasks, prepare, read_other_tasks, write_quarantine
 from raytune_ft.data.sources import fingerprint, list_objects
 from raytune_ft.errors import RaytuneError, SpecError
 from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
@@ -46,7 +38,7 @@ from raytune_ft.train.budgets import lost, run_config
 from raytune_ft.train.lease import Lease, hold
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
 from raytune_ft.train.room import BusyCluster, find_room
-from raytune_ft.train.run import Run, digest
+from raytune_ft.train.run import Run, name_inputs
 
 _QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
@@ -92,7 +84,7 @@ def train(
     if job.publish.sign:
         Signer.from_environment()
     base = base_identity(job.model.path)
-    inputs = digest([fingerprint(list_objects(job.data)), base, *_of_others(job)])
+    inputs = inputs_of(job, base)
     run, channel = Run(job), uuid.uuid4().hex
     if not restart and (done := _done_before(run, inputs, on_event)):
         return done
@@ -145,15 +137,24 @@ def _train_held(
             others = read_other_tasks(job, tokenizer=tokenizer.result(), cache=cache)
             lease.check()
             state = run.begin(data.fingerprint, base)
-            assignment = Assignment(job, state, _training_data(job, data, others), channel, placement)
+            assignment = Assignment(job, state, TrainingData.of(job, data, others), channel, placement)
             on_event({"phase": "start"})
             return assignment, _run_workers(assignment, run, lease, output, on_event)
 
 
-def _of_others(job: JobSpec) -> list[str]:
-    """What stands for the examples of `evaluate.forgetting` among the inputs of a job that has some."""
-    objects = list_other_tasks(job)
-    return [fingerprint(objects)] if objects else []
+def inputs_of(job: JobSpec, base: str) -> str:
+    """See `name_inputs`. Lists the data, and reads none of it.
+
+    Args:
+        job: the job.
+        base: its base as `base_identity` names it.
+
+    Raises:
+        DataError: a source names nothing.
+        StorageError: the store cannot be read.
+    """
+    others = list_other_tasks(job)
+    return name_inputs(fingerprint(list_objects(job.data)), base, fingerprint(others) if others else None)
 
 
 def _prepare_output(job: JobSpec, output: Path) -> None:
@@ -208,33 +209,6 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _training_data(job: JobSpec, data: PreparedData, others: OtherTasks | None) -> TrainingData:
-    course = plan_course(
-        data.shapes,
-        job.data,
-        counted=data.complete,
-        sequences_per_step=job.batch.sequences,
-        epochs=job.schedule.epochs,
-        steps=job.schedule.steps,
-    )
-    return TrainingData(
-        course=course,
-        windows=data.windows,
-        contents=dict(data.contents),
-        train_counts={number: report.counts.train for number, report in data.reports.items()},
-        reader=data.reader,
-        counts=data.counts,
-        described={
-            "fingerprint": data.fingerprint,
-            "templates": data.templates,
-            "end_ids": data.end_ids,
-            "task_epochs": course.task_epochs,
-            **({"other_tasks": others.described} if others else {}),
-        },
-        others=others,
-    )
-
-
 def _run_workers(assignment: Assignment, run: Run, lease: Lease, output: Path, on_event: OnEvent) -> Outcome:
     job = assignment.job
     trainer = DataParallelTrainer(
@@ -278,7 +252,16 @@ def _backend(job: JobSpec) -> BackendConfig:
 
 
 def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.train.Result:
-    """Run the trainer; call `meanwhile` again and again until it ends.
+    """Run the trainer; call `meanwhile` again and again until it ends."""
+    ended = start_fit(trainer)
+    while not ended.done():
+        wait([ended], timeout=_POLL_S)
+        meanwhile()
+    return ended.result()
+
+
+def start_fit(trainer: DataParallelTrainer) -> Future[ray.train.Result]:
+    """Run the trainer in a thread of its own.
 
     `fit` blocks, and in the main thread it would also take over Ctrl-C.
     """
@@ -287,14 +270,11 @@ def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.tra
     def fit() -> None:
         try:
             ended.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001  raised again below, in the main thread
+        except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
             ended.set_exception(error)
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    while not ended.done():
-        wait([ended], timeout=_POLL_S)
-        meanwhile()
-    return ended.result()
+    return ended
 
 
 class _Follower:

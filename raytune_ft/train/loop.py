@@ -1,14 +1,18 @@
-"""The only training loop. It knows an engine and steps; neither Ray, nor DeepSpeed, nor storage."""
+"""The only training loop. It knows engines and steps; neither Ray, nor DeepSpeed, nor storage.
+
+Jobs on one base train in rounds: in each, every job does its next step. Their passes are computed together,
+all else is each job's own, also how it ends.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from raytune_ft.errors import Diverged
 from raytune_ft.train.batch import Batch, Step
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.engine import Base, Block, Engine
 from raytune_ft.train.peers import Peers
 
 REMEDY = "lower optimizer.learning_rate, raise schedule.warmup or lower optimizer.max_grad_norm"
@@ -34,6 +38,7 @@ class StepReport:
     """Sum of the cross-entropies of each source."""
     source_learned_tokens: tuple[int, ...]
     seconds: float
+    """From the step's beginning to its end, with what other jobs did meanwhile."""
     data_seconds: float
     """Part of `seconds` that this worker waited for data."""
 
@@ -42,6 +47,27 @@ class StepReport:
         kept = asdict(self)
         del kept["source_loss_sums"], kept["source_learned_tokens"]
         return kept
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A job in the loop."""
+
+    engine: Engine
+    steps: Iterable[Step]
+    """What it trains on; the job is done where they end."""
+    start: int
+    """Number of the first of the steps."""
+    learning_rate: Callable[[int], float]
+    """Of each step, by its number."""
+    report: Callable[[StepReport], None]
+    """Called after each step."""
+    leave: Callable[[Exception | None], None]
+    """Called once, when the steps end, or with what ended the job before; the loop is through with it."""
+
+
+Offer = Callable[[int], Iterable[Trainee]]
+"""(jobs that are training) → those that join them. Nobody trains and nobody joins: training is over."""
 
 
 def fit(
@@ -53,48 +79,159 @@ def fit(
     report: Callable[[StepReport], None],
     peers: Peers = Peers(),
 ) -> None:
-    """Train on `steps`, the first of which is number `start`.
+    """Train one job by itself on `steps`, the first of which is number `start`.
 
     All workers of a run take the same number of steps, each with its own share of them.
 
     Raises:
         Diverged: a loss or gradient is not finite; the weights are those of the step before. All workers
             raise it at the same step.
+        Exception: what the steps, the passes and the report raise.
     """
-    source = iter(steps)
-    number = start
+    ends: list[Exception | None] = []
+    waiting = [Trainee(engine, steps, start, learning_rate, report, ends.append)]
+
+    def offer(_: int) -> list[Trainee]:
+        return [waiting.pop()] if waiting else []
+
+    train(engine.base, offer, peers=peers)
+    if ends[0] is not None:
+        raise ends[0]
+
+
+def train(base: Base, offer: Offer, *, peers: Peers = Peers()) -> None:
+    """Train jobs on one base until none is left.
+
+    Before each round jobs may join; after it those leave that are done. A job whose data fails, whose loss or
+    gradient is not finite, or whose report fails leaves alone, with its reason; the others go on, and what
+    they compute does not change.
+
+    Args:
+        base: all engines are on it.
+        offer: gives those that join.
+        peers: the workers of the run. Several train the same jobs, which join all of them in the same round.
+    """
+    running: list[_Running] = []
     while True:
-        began = time.perf_counter()
-        step = next(source, None)
-        if step is None:
+        running += [_Running(trainee, peers) for trainee in offer(len(running))]
+        if not running:
             return
-        have_data = time.perf_counter()
-        rate = learning_rate(number)
-        learned_by_source, tokens, passes = _count(step, peers)
-        learned = sum(learned_by_source)
-        loss_sums = _accumulate(engine, step, number, learned, passes, peers)
-        loss_sum = sum(loss_sums)
-        _check_finite(loss_sum, number, "loss", rate)
-        grad_norm = engine.update(rate)
-        _check_finite(grad_norm, number, "gradient norm", rate)
-        number += 1
-        now = time.perf_counter()
-        report(
+        running = [job for job in running if job.begin()]
+        for blocks in _passes([job.blocks for job in running], base.tokens_per_pass):
+            found = base.accumulate([block for _, block in blocks])
+            for (at, _), sums in zip(blocks, found, strict=True):
+                running[at].add(sums)
+        for _ in range(sum(job.idle_passes for job in running)):
+            base.idle()
+        running = [job for job in running if job.finish()]
+
+
+def _passes(queues: Sequence[Sequence[Block]], tokens_per_pass: int) -> Iterator[list[tuple[int, Block]]]:
+    """Passes of blocks, each with the place of its job; those of one job come in their order."""
+    left = [(at, list(reversed(queue))) for at, queue in enumerate(queues) if queue]
+    while left:
+        chosen: list[tuple[int, Block]] = []
+        room = tokens_per_pass
+        for at, queue in left:
+            size = queue[-1].batch.input_ids_BT.numel()
+            shared = size <= room and queue[-1].engine.shares_passes
+            if not chosen or (shared and chosen[0][1].engine.shares_passes):
+                chosen.append((at, queue.pop()))
+                room -= size
+        yield chosen
+        left = [(at, queue) for at, queue in left if queue]
+
+
+class _Running:
+    """A job that trains: one step after another."""
+
+    def __init__(self, trainee: Trainee, peers: Peers) -> None:
+        self._trainee = trainee
+        self._peers = peers
+        self._source = iter(trainee.steps)
+        self._number = trainee.start
+        self._failure: Exception | None = None
+
+    def begin(self) -> bool:
+        """Take the next step; False where there is none, or it cannot be had: the job has left."""
+        self._began = time.perf_counter()
+        try:
+            step = next(self._source, None)
+            if step is None:
+                return self._leave(None)
+            self._have_data = time.perf_counter()
+            self._rate = self._trainee.learning_rate(self._number)
+            self._step = step
+            self._learned_by_source, self._tokens, passes = _count(step, self._peers)
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this job and no other
+            return self._leave(error)
+        self.idle_passes = passes - len(step.batches)
+        """Passes of other workers that this one has none of."""
+        self._sums = [0.0] * step.sources
+        return True
+
+    @property
+    def blocks(self) -> list[Block]:
+        """What the step computes on this worker."""
+        learned, step, peers = sum(self._learned_by_source), self._step, self._peers
+        # The dropout of a base is drawn by the number of the block, so no two workers may use the same.
+        return [
+            Block(
+                self._trainee.engine,
+                batch,
+                self._number,
+                forward=at * peers.count + peers.rank,
+                divisor=learned,
+                sources=step.sources,
+            )
+            for at, batch in enumerate(step.batches)
+        ]
+
+    def add(self, found: Sequence[float] | Exception) -> None:
+        """Count what a block gave: its sum of cross-entropies by source, or why it cannot be computed."""
+        if isinstance(found, Exception):
+            self._failure = found
+            return
+        # Sum, not mean: passes and workers hold unequal numbers of learned tokens.
+        self._sums = [total + part for total, part in zip(self._sums, found, strict=True)]
+
+    def finish(self) -> bool:
+        """Update the weights and report; False where that failed: the job has left."""
+        try:
+            self._update()
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this job and no other
+            return self._leave(error)
+        return True
+
+    def _update(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        sums = self._peers.sum(self._sums)
+        loss_sum, learned = sum(sums), sum(self._learned_by_source)
+        _check_finite(loss_sum, self._number, "loss", self._rate)
+        grad_norm = self._trainee.engine.update(self._rate)
+        _check_finite(grad_norm, self._number, "gradient norm", self._rate)
+        self._number += 1
+        self._trainee.report(
             StepReport(
-                step=number,
+                step=self._number,
                 loss=loss_sum / learned,
-                learning_rate=rate,
+                learning_rate=self._rate,
                 grad_norm=grad_norm,
-                examples=step.examples,
-                tokens=tokens,
+                examples=self._step.examples,
+                tokens=self._tokens,
                 learned_tokens=learned,
-                batch=step.digest,
-                source_loss_sums=tuple(loss_sums),
-                source_learned_tokens=tuple(learned_by_source),
-                seconds=now - began,
-                data_seconds=have_data - began,
+                batch=self._step.digest,
+                source_loss_sums=tuple(sums),
+                source_learned_tokens=tuple(self._learned_by_source),
+                seconds=time.perf_counter() - self._began,
+                data_seconds=self._have_data - self._began,
             )
         )
+
+    def _leave(self, reason: Exception | None) -> bool:
+        self._trainee.leave(reason)
+        return False
 
 
 def _count(step: Step, peers: Peers) -> tuple[list[int], int, int]:
@@ -107,22 +244,6 @@ def _count(step: Step, peers: Peers) -> tuple[list[int], int, int]:
     own_passes = [len(step.batches) if rank == peers.rank else 0 for rank in range(peers.count)]
     totals = [int(total) for total in peers.sum([*learned, tokens, *own_passes])]
     return totals[: step.sources], totals[step.sources], max(totals[step.sources + 1 :])
-
-
-def _accumulate(
-    engine: Engine, step: Step, number: int, learned: int, passes: int, peers: Peers
-) -> list[float]:
-    """Run this worker's passes; the sum of the losses of each source over all workers."""
-    # Sum, not mean: passes and workers hold unequal numbers of learned tokens.
-    sums = [0.0] * step.sources
-    for at, batch in enumerate(step.batches):
-        # Dropout is drawn by the number of the pass, so no two workers may use the same.
-        forward = at * peers.count + peers.rank
-        found = engine.accumulate(batch, step=number, forward=forward, divisor_G=[learned] * step.sources)
-        sums = [total + part for total, part in zip(sums, found, strict=True)]
-    for _ in range(len(step.batches), passes):
-        engine.idle()
-    return peers.sum(sums)
 
 
 def mean_loss(engine: Engine, batches: Iterable[Batch]) -> float:

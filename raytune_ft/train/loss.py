@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raytune_ft.train.batch import LEAST_ROWS
+
 Project = Callable[[Tensor], Tensor]
 """Hidden states (N, D) → logits (N, V)."""
-
-_IGNORED = -100
-"""The label that torch leaves out of a sum."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -21,8 +20,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         hidden_ND: Tensor,
         labels_N: Tensor,
-        group_N: Tensor,
-        scale_G: Tensor,
+        scale_N: Tensor,
         project: Project,
         chunk_tokens: int,
         *parameters: Tensor,
@@ -30,93 +28,85 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = [p for p in parameters if p.requires_grad]
         gradient_ND = torch.empty_like(hidden_ND)
         gradients = [torch.zeros_like(p) for p in wanted]
-        sums_G = torch.zeros(scale_G.shape, dtype=torch.float32, device=hidden_ND.device)
-        # The largest scale is taken out and multiplied in at the end: equal scales leave ones, and with them
-        # the bits of an unscaled sum.
-        largest = scale_G.max()
-        relative_N = (scale_G / largest)[group_N]
+        loss_N = scale_N.new_empty(scale_N.shape)
+        # Scales are multiplied in at the end, so that they change no bit before. The head's gradient adds
+        # positions up: there only what they have in common can wait.
+        largest = scale_N.max() if len(scale_N) else scale_N.new_ones(())
+        outer_N = largest.expand_as(scale_N) if wanted else scale_N
+        inner_N = scale_N / outer_N
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            chunk_sums_G, gradient_ND[chunk], *head_gradients = _chunk(
-                hidden_ND[chunk],
-                labels_N[chunk],
-                group_N[chunk],
-                relative_N[chunk],
-                len(sums_G),
-                project,
-                wanted,
+            loss_N[chunk], gradient_ND[chunk], *head_gradients = _chunk(
+                hidden_ND[chunk], labels_N[chunk], inner_N[chunk], project, wanted
             )
             for total, part in zip(gradients, head_gradients, strict=True):
                 total += part
-            sums_G += chunk_sums_G
-        ctx.save_for_backward(largest, gradient_ND, *gradients)
+        ctx.save_for_backward(largest, outer_N, gradient_ND, *gradients)
         ctx.wanted = [p.requires_grad for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
-        ctx.mark_non_differentiable(sums_G)
-        return (sums_G * scale_G).sum(), sums_G
+        ctx.mark_non_differentiable(loss_N)
+        return (loss_N * scale_N).sum(), loss_N
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        largest, gradient_ND, *gradients = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
-        scale = largest * outputs[0]
+        largest, outer_N, gradient_ND, *gradients = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
         unscaled = iter(gradients)
         heads = [
-            next(unscaled) * scale if wanted else None
+            next(unscaled) * (largest * outputs[0]) if wanted else None
             for wanted in ctx.wanted  # type: ignore[attr-defined]
         ]
-        return (gradient_ND * scale, None, None, None, None, None, *heads)
+        # Rounded once to its own type.
+        scaled_ND = (gradient_ND * (outer_N * outputs[0])[:, None]).to(gradient_ND.dtype)
+        return (scaled_ND, None, None, None, None, *heads)
 
 
 def _chunk(
-    hidden_ND: Tensor,
-    labels_N: Tensor,
-    group_N: Tensor,
-    relative_N: Tensor,
-    groups: int,
-    project: Project,
-    wanted: Sequence[Tensor],
+    hidden_ND: Tensor, labels_N: Tensor, weight_N: Tensor, project: Project, wanted: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Sums of the groups, and the gradients of the hidden states and of the `wanted` tensors of the head."""
+    """Losses, and the gradients of the hidden states and of the `wanted` tensors of the head."""
     with torch.enable_grad():
         piece = hidden_ND.detach().requires_grad_()
-        log_probabilities_NV = F.log_softmax(project(piece).float(), dim=1)
+        rows = len(piece)
+        # A multiple, because threads divide the rows among themselves.
+        padded = F.pad(piece, (0, 0, 0, -rows % LEAST_ROWS)) if rows % LEAST_ROWS else piece
+        log_probabilities_NV = F.log_softmax(project(padded)[:rows].float(), dim=1)
         loss_N = F.nll_loss(log_probabilities_NV, labels_N, reduction="none")
-        gradients = torch.autograd.grad(loss_N, [piece, *wanted], grad_outputs=relative_N)
-    fixed_NV = log_probabilities_NV.detach()
-    sums = [
-        F.nll_loss(fixed_NV, labels_N.where(group_N == group, _IGNORED), reduction="sum")
-        for group in range(groups)
-    ]
-    return torch.stack(sums), *gradients
+        gradients = torch.autograd.grad(loss_N, [piece, *wanted], grad_outputs=weight_N)
+    return loss_N.detach(), *gradients
 
 
-def grouped_cross_entropy(
+def chunked_cross_entropy(
     hidden_ND: Tensor,
     labels_N: Tensor,
-    group_N: Tensor,
-    scale_G: Tensor,
+    scale_N: Tensor,
     project: Project,
     parameters: Sequence[Tensor],
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of N positions, summed by group: what to learn from, and the sums.
+    """Cross-entropies of N positions: what to learn from, and each by itself.
 
     Args:
         hidden_ND: hidden states of the learned positions.
         labels_N: the token that each of them must predict.
-        group_N: the group that each of them belongs to, below G.
-        scale_G: what the sum of each group counts in the objective, above 0, float32.
+        scale_N: what each of them counts in the objective, above 0, float32.
         project: the language-model head, with whatever the architecture does to its logits.
         parameters: tensors of the head; those that require a gradient get one.
         chunk_tokens: positions whose logits exist at the same time.
 
     Returns:
-        The objective, which is the sum of the groups' sums times their scales, with a gradient; and the sums
-        (G,) without one. Both float32.
+        The objective, which is the sum of the losses times their scales, with a gradient; and the losses (N,)
+        without one. Both float32. The gradient of a position depends on nothing but its own hidden state,
+        label and scale, also where those of others are not finite.
     """
-    objective, sums_G = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
-        hidden_ND, labels_N, group_N, scale_G, project, chunk_tokens, *parameters
+    objective, loss_N = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch does not type it
+        hidden_ND, labels_N, scale_N, project, chunk_tokens, *parameters
     )
-    return objective, sums_G
+    return objective, loss_N
+
+
+def sums_by_group(loss_N: Tensor, group_N: Tensor, groups: int) -> Tensor:
+    """Sum of the losses of each group (groups,), float64."""
+    exact_N = loss_N.double()
+    return torch.stack([exact_N[group_N == group].sum() for group in range(groups)])
 
 
 @torch.no_grad()

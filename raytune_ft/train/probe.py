@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raytune_ft.errors import ModelError
 from raytune_ft.models import decoder_start_id, task_of
-from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens
+from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens, assemble
 from raytune_ft.train.forward import forward_of
 
 if TYPE_CHECKING:
@@ -54,6 +54,45 @@ def check_isolation(model: "PreTrainedModel", *, packed: bool) -> None:
             f"{type(model).__name__} gives other logits in a shared row than alone (by {apart:.3g}; "
             f"rounding explains {limit:.3g}): {remedy}"
         )
+
+
+@torch.no_grad()
+def can_share_passes(model: "PreTrainedModel") -> bool:
+    """Whether a pass may hold the blocks of several jobs, each of which computes what it does alone.
+
+    Not where a base has dropout of its own, which is drawn for a pass as a whole; nor in 8 bits, where all
+    tokens of a pass choose what is kept in 16 bits; nor where the architecture keeps blocks apart otherwise
+    than by its attention, such as encoders and recurrent layers.
+    """
+    if task_of(model) != "causal" or getattr(model, "is_loaded_in_8bit", False) or _drops(model):
+        return False
+    model.eval()
+    forward, pad_id = forward_of(model), model.config.get_text_config().pad_token_id or 0
+    device = next(model.parameters()).device
+    first, second, third = _examples(model.config.get_text_config().vocab_size)
+    batches = [assemble(rows, pad_id).to(device) for rows in ([[first, second], [third]], [[third]])]
+    alone_ND = torch.cat([forward.learned(batch) for batch in batches])
+    try:
+        together_ND = forward.learned(*batches)
+    except Exception:  # noqa: BLE001  code of any architecture; that it fails is the answer
+        return False
+    limit = _TOLERANCE.get(alone_ND.dtype, 6e-2) * float(alone_ND.abs().max())
+    return float((alone_ND.float() - together_ND.float()).abs().max()) <= limit
+
+
+def _drops(model: "PreTrainedModel") -> bool:
+    """Whether the base has dropout of its own: then it gives different numbers from different seeds."""
+    forward, pad_id = forward_of(model), model.config.get_text_config().pad_token_id or 0
+    rows = [[example] for example in _examples(model.config.get_text_config().vocab_size)]
+    batch = assemble(rows, pad_id).to(next(model.parameters()).device)
+    model.train()
+    with torch.random.fork_rng():
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found.append(forward.learned(batch))
+    model.eval()
+    return not torch.equal(*found)
 
 
 def _arrangement(model: "PreTrainedModel") -> Arrangement:

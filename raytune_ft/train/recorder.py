@@ -1,24 +1,52 @@
-"""What happens beside the loop: events for the driver, validation, checkpoints for Ray Train."""
+"""What happens beside the loop: events for whoever watches, validation, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from raytune_ft.train.checkpoint import Position, write_checkpoint
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import StepReport, source_losses
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.preemption import Notices
-from raytune_ft.train.progress import EventWriter
-from raytune_ft.train.uploads import Uploads
+from raytune_ft.train.progress import Event
+from raytune_ft.train.uploads import Upload
 
 _EVENT_INTERVAL_S = 0.2
 
 
+class Events(Protocol):
+    """Where events go."""
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        ...
+
+
+class Keeping(Protocol):
+    """Where checkpoints go."""
+
+    def send(self, write: Callable[[Path], None], metrics: dict[str, Any], *, wait: bool) -> None:
+        """Let `write` fill a folder, and keep it; `wait`: something depends on that it is kept."""
+        ...
+
+    def finished(self) -> Sequence[Upload]:
+        """What was kept since the last call."""
+        ...
+
+
+class Warnings(Protocol):
+    """Whether the node of a run is about to go."""
+
+    def new(self, step: int) -> bool:
+        """Whether a notice came that was not there before; asked after each step."""
+        ...
+
+
 class Recorder:
-    """Turns the reports of steps into events for the driver and checkpoints for Ray Train.
+    """Turns the reports of steps into events and checkpoints.
 
     Every worker has one and keeps the position; the first worker's alone tells the driver.
     """
@@ -29,11 +57,12 @@ class Recorder:
         position: Position,
         total_steps: int,
         every_steps: int,
-        events: EventWriter,
+        events: Events,
         validate: Callable[[], float | None],
         peers: Peers,
         data: Callable[[], dict[str, Any]],
-        uploads: Uploads,
+        uploads: Keeping,
+        warnings: Warnings | None = None,
     ) -> None:
         """Go on from `position`.
 
@@ -47,6 +76,7 @@ class Recorder:
             peers: the workers of the run.
             data: what a checkpoint has to keep of the data; see `Position.data`.
             uploads: where checkpoints go.
+            warnings: of the loss of a node; None: Ray Train is asked.
         """
         self._position = position
         self._history = list(position.history)
@@ -58,7 +88,7 @@ class Recorder:
         self._peers = peers
         self._data = data
         self._uploads = uploads
-        self._notices = Notices(peers, position.step)
+        self._warnings = warnings or Notices(peers, position.step)
         self._since_due: list[StepReport] = []
         """Reports of the steps since the last checkpoint. A run goes on from one, where this is empty."""
         self._unsent: list[dict[str, Any]] = []
@@ -73,7 +103,7 @@ class Recorder:
         last = report.step == self._total_steps
         if last or report.step % self._every_steps == 0:
             self._keep(wait=last)
-        elif self._notices.new(report.step):
+        elif self._warnings.new(report.step):
             self._keep_before_loss()
         if last or time.monotonic() - self._sent_at > _EVENT_INTERVAL_S:
             self._send()

@@ -24,6 +24,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def name_inputs(data_fingerprint: str, base: str, others_fingerprint: str | None) -> str:
+    """Names what a job reads: its data, its base, and the examples of `evaluate.forgetting` if it has any."""
+    others = [] if others_fingerprint is None else [others_fingerprint]
+    return digest([data_fingerprint, base, *others])
+
+
 @dataclass(frozen=True)
 class RunState:
     """What a run that goes on must share with its start."""
@@ -92,10 +98,15 @@ class Run:
         kept = {"job": digest(self.job.resolved()), "inputs": inputs, "result": result}
         self.storage.write(_RESULT_FILE, json.dumps(kept).encode())
 
-    def begin(self, data_fingerprint: str, base_identity: str) -> RunState:
+    def begin(self, data_fingerprint: str, base_identity: str, *, anew: bool = False) -> RunState:
         """The state of the run that is under way, or of a new one. Who calls it holds the lease.
 
         A finished run on other inputs is no obstacle: a new one begins.
+
+        Args:
+            data_fingerprint: of the data as it is.
+            base_identity: of the base as it is.
+            anew: if the run that is under way is on other inputs, forget it.
 
         Raises:
             DataError: the data changed under a run that is not finished.
@@ -107,7 +118,7 @@ class Run:
             if (state.data_fingerprint, state.base_identity) == (data_fingerprint, base_identity):
                 self._clear_cut_off_checkpoints()
                 return state
-            if self.storage.info(_RESULT_FILE) is None:
+            if not anew and self.storage.info(_RESULT_FILE) is None:
                 self._refuse(state, data_fingerprint, base_identity)
             self.clear()
         else:

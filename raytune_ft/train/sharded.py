@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.errors import OutOfMemory
-from raytune_ft.methods.lora import set_step
+from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS, bucket_elements
 from raytune_ft.spec import ClusterSpec, OptimizerSpec
-from raytune_ft.train.bank import make_optimizer
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.engine import pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.export import export_full, gathered
 from raytune_ft.train.forward import forward_of
-from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
+from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.shards import load_shards, save_shards
 
@@ -121,16 +121,15 @@ class _Pass(nn.Module):
         for weight in self._forward.head:
             register_external_parameter(self, weight)
 
-    def forward(self, *, batch: Batch, scale_G: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
-        """Objective and sums (G,); without scales the sum of all cross-entropies alone."""
+    def forward(self, *, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
+        """Objective and losses (N,); without a scale the sum of all cross-entropies alone."""
         hidden_ND, project = self._forward.learned(batch), self._forward.project
-        if scale_G is None:
+        if scale is None:
             return cross_entropy_sum(hidden_ND, batch.labels_N, project, LOGITS_CHUNK_TOKENS)
-        return grouped_cross_entropy(
+        return chunked_cross_entropy(
             hidden_ND,
             batch.labels_N,
-            batch.group_N,
-            scale_G,
+            scale.expand(batch.learned_tokens),
             project,
             self._forward.head,
             LOGITS_CHUNK_TOKENS,
@@ -140,7 +139,8 @@ class _Pass(nn.Module):
 class ShardedEngine:
     """Trains parameters whose optimizer state, gradients or weights are divided among the workers.
 
-    All workers call every method together, `evaluate` and `save` too, and `evaluate` with the same rows.
+    It is its own base, for one job alone. All workers call every method together, `evaluate` and `save` too,
+    and `evaluate` with the same rows.
     """
 
     def __init__(
@@ -176,6 +176,9 @@ class ShardedEngine:
         self.device = device
         self.seed = seed
         self.peers = peers
+        self.slot = 0
+        self.shares_passes = False
+        self.tokens_per_pass = 0
         unit = _Pass(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=unit,
@@ -185,33 +188,41 @@ class ShardedEngine:
         if self.deepspeed.zero_optimization_stage() == 3:
             unit.hold_head()
 
-    def accumulate(self, batch: Batch, *, step: int, forward: int, divisor_G: Sequence[int]) -> list[float]:
-        """See `Engine.accumulate`.
+    @property
+    def base(self) -> "ShardedEngine":
+        """See `Engine.base`."""
+        return self
+
+    def accumulate(self, blocks: Sequence[Block]) -> list[list[float] | Exception]:
+        """See `Base.accumulate`.
 
         Raises:
             OutOfMemory: the device's memory does not hold the pass.
         """
-        passes = pass_number(step, forward)
-        set_step(self.model, passes)
-        torch.manual_seed(pass_seed(self.seed, passes))
+        (block,) = blocks
+        torch.manual_seed(pass_seed(self.seed, pass_number(block.step, block.forward)))
         self.deepspeed.train()
         try:
-            batch = batch.to(self.device)
+            batch = block.batch.to(self.device)
+            set_route(self.model, Route([Share(0, block.step, batch.example_BX, batch.position_ids_BT)]))
             # DeepSpeed takes the mean over the workers, and the objective is a sum.
-            scale_G = self.peers.count / torch.tensor(divisor_G, dtype=torch.float32, device=self.device)
-            objective, sums_G = self.deepspeed(batch=batch, scale_G=scale_G)
+            scale = self.peers.count / torch.tensor(block.divisor, dtype=torch.float32, device=self.device)
+            objective, loss_N = self.deepspeed(batch=batch, scale=scale)
             self.deepspeed.backward(objective, scale_wrt_gas=False)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"step {step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the device; "
-                f"use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
+                f"step {block.step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the "
+                "device; use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true "
+                f"({error})"
             ) from None
-        found: list[float] = sums_G.tolist()
-        return found
+        return [sums_by_group(loss_N, batch.group_N, block.sources).tolist()]
 
     def idle(self) -> None:
-        """See `Engine.idle`."""
-        self.accumulate(_nothing(), step=0, forward=0, divisor_G=[1])
+        """See `Base.idle`."""
+        self.accumulate([Block(self, _nothing(), step=0, forward=0, divisor=1, sources=1)])
+
+    def select(self) -> None:
+        """See `Engine.select`: there is no other job."""
 
     def update(self, learning_rate: float) -> float:
         """See `Engine.update`."""
@@ -226,7 +237,7 @@ class ShardedEngine:
     def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`."""
         self.deepspeed.eval()
-        return float(self.deepspeed(batch=batch.to(self.device), scale_G=None))
+        return float(self.deepspeed(batch=batch.to(self.device), scale=None))
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`; each worker writes its own part."""
@@ -261,4 +272,4 @@ class ShardedEngine:
 def _nothing() -> Batch:
     """A row without anything to learn, for any kind of model: its gradient is zero."""
     one_BT, none_N = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    return Batch(one_BT, one_BT, none_N, none_N, none_N, tokens=0, decoder_ids_BS=one_BT)
+    return Batch(one_BT, one_BT, none_N, none_N, none_N, one_BT, tokens=0, decoder_ids_BS=one_BT)

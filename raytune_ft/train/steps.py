@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class _Epoch:
         pairs = list(zip(order.readings.tolist(), order.rows.tolist(), strict=True))
         held = {reading: self._held(reading) for reading, _ in dict.fromkeys(pairs)}
         lengths = [held[reading].length(row) for reading, row in pairs]
-        own = [held[pairs[at][0]][pairs[at][1]] for at in share(lengths, workers)[rank]]
+        own = [replace(held[pairs[at][0]][pairs[at][1]], number=at) for at in share(lengths, workers)[rank]]
         windows = [self._plan.readings[reading].window for reading, _ in pairs]
         named = np.array([windows, order.rows], dtype="<i8")
         self._give(order)

@@ -116,7 +116,7 @@ class Uploads:
     def _upload(self, folder: Path, name: str, step: int) -> ray.train.Checkpoint:
         began = time.monotonic()
         try:
-            size_bytes = self._write_all(folder, name, give_up_at=began + OUTAGE_S)
+            size_bytes = send_folder(self._storage, folder, name, may_write=self._may_write)
             self._finished.append(Upload(step, size_bytes, time.monotonic() - began))
         except RaytuneError as error:
             # Nobody will ask for a part of it.
@@ -139,22 +139,37 @@ class Uploads:
         with suppress(OSError):
             self._local.rmdir()
 
-    def _write_all(self, folder: Path, name: str, give_up_at: float) -> int:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        for file in files:
-            key = f"{name}/{file.relative_to(folder).as_posix()}"
-            while True:
-                try:
-                    self._may_write()
-                    self._storage.write(key, file)
-                    break
-                except (StorageFull, StorageDenied):
+
+def send_folder(storage: Storage, folder: Path, prefix: str, *, may_write: Callable[[], None]) -> int:
+    """Write all files of a folder below `prefix`, and wait for a store that is away; their bytes.
+
+    Args:
+        storage: where to.
+        folder: of this machine.
+        prefix: of the keys, without a slash at its end.
+        may_write: asked before each file; raises where somebody else has taken over.
+
+    Raises:
+        StorageFull: the store is full.
+        StorageDenied: it refuses to be written to.
+        StorageError: it was away for longer than `OUTAGE_S`.
+    """
+    give_up_at = time.monotonic() + OUTAGE_S
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        key = f"{prefix}/{file.relative_to(folder).as_posix()}"
+        while True:
+            try:
+                may_write()
+                storage.write(key, file)
+                break
+            except (StorageFull, StorageDenied):
+                raise
+            except StorageError:
+                if time.monotonic() > give_up_at:
                     raise
-                except StorageError:
-                    if time.monotonic() > give_up_at:
-                        raise
-                    time.sleep(_PAUSE_S)
-        return sum(file.stat().st_size for file in files)
+                time.sleep(_PAUSE_S)
+    return sum(file.stat().st_size for file in files)
 
 
 def _local_folder(uri: str, rank: int) -> Path:

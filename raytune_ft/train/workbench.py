@@ -14,7 +14,7 @@ from raytune_ft.models import base_digest, load_base, load_tokenizer, model_fold
 from raytune_ft.planner import Choice, choose, trainable_parameters
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout
 from raytune_ft.train.checkpoint import Position, read_position
 from raytune_ft.train.forward import arrangement_of
@@ -55,7 +55,8 @@ class Workbench:
             return
         with sharded.whole_parameters() if sharded else nullcontext(), saving(folder):
             if rank == 0:
-                method.save(self.model, job.method, folder, job.model.path)
+                self.engine.select()
+                method.save(self.model, job.method, folder, job.model.path, self.engine.slot)
 
 
 def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Workbench:
@@ -66,35 +67,25 @@ def set_up(assignment: Assignment, checkpoint: Path | None, peers: Peers) -> Wor
         DataError: the checkpoint was trained on other data.
     """
     job = assignment.job
-    device = _device(assignment.placement.use_gpu)
+    device = device_of(assignment.placement.use_gpu)
     tokenizer = load_tokenizer(job.model)
     position = _position(assignment, checkpoint, model_folder(job.model.path), device, peers)
-    _compute_alike(position.threads, device)
+    compute_alike(position.threads, device)
     if checkpoint:
         _check_form(checkpoint, job)
     resident = position.choice.resident
     make = _sharded if job.cluster.zero_stage else _bank
     model, engine = make(job, device, resident == "dequantised", peers)
     check_isolation(model, packed=job.data.packing)
-    return Workbench(model, tokenizer, engine, _layout(job, position.choice, model, tokenizer), position)
+    return Workbench(model, tokenizer, engine, layout_of(job, position.choice, model, tokenizer), position)
 
 
 def _bank(
     job: JobSpec, device: torch.device, dequantised: bool, peers: Peers
 ) -> tuple["PreTrainedModel", BankEngine]:
     model = load_base(job.model, device=device, dequantised=dequantised)
-    method = METHODS[type(job.method)]
-    parameters = method.add(model, job.method, job.data.seed)
-    engine = BankEngine(
-        model,
-        parameters,
-        job.optimizer,
-        seed=job.data.seed,
-        gradient_checkpointing=job.model.gradient_checkpointing,
-        unfreezing=method.unfreezing(model, job.method),
-        peers=peers,
-    )
-    return model, engine
+    bank = Bank(model, gradient_checkpointing=job.model.gradient_checkpointing)
+    return model, bank.enter(job.method, job.optimizer, seed=job.data.seed, peers=peers)
 
 
 def _sharded(
@@ -113,7 +104,7 @@ def _sharded(
     divided = job.cluster.zero_stage == 3 and job.model.weight_bits >= 16
     with divided_while_loading(config) if divided else nullcontext():
         model = load_base(job.model, device=None if divided else device, dequantised=dequantised)
-    parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed)
+    parameters = METHODS[type(job.method)].add(model, job.method, job.data.seed, 0)
     engine = ShardedEngine(
         model,
         parameters,
@@ -147,18 +138,19 @@ def _position(
         return kept
     placement = assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
-    memory_bytes = int(peers.smallest(_memory_bytes(device) // shared))
-    choice = choose(assignment.job, read_facts(folder), memory_bytes)
+    share_bytes = int(peers.smallest(memory_bytes(device) // shared))
+    choice = choose(assignment.job, read_facts(folder), share_bytes)
     if kept:
         return replace(kept, choice=choice, threads=placement.threads, workers=peers.count)
     return Position(0, fingerprint, digest, choice, placement.threads, peers.count)
 
 
-def _device(use_gpu: bool) -> torch.device:
+def device_of(use_gpu: bool) -> torch.device:
+    """What a worker computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
 
 
-def _memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """All memory of the device, not what is free now: a choice must not depend on the neighbours."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -167,8 +159,13 @@ def _memory_bytes(device: torch.device) -> int:
     return min(total, int(limit)) if limit.isdecimal() else total
 
 
-def _compute_alike(threads: int, device: torch.device) -> None:
-    """Make the same work give the same bits."""
+def compute_alike(threads: int, device: torch.device) -> None:
+    """Make the same work give the same bits in this process.
+
+    Args:
+        threads: that it computes with on CPU.
+        device: what it computes on.
+    """
     torch.set_num_threads(threads)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
@@ -176,9 +173,10 @@ def _compute_alike(threads: int, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _layout(
+def layout_of(
     job: JobSpec, choice: Choice, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> Layout:
+    """How the examples of a job's steps share rows and passes."""
     given = job.batch.sequences_per_worker
     return Layout(
         packing=job.data.packing,

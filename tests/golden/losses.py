@@ -19,7 +19,7 @@ from raytune_ft.data.pack import share
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import StepReport, fit
@@ -44,7 +44,7 @@ def losses(name: str, base: Path) -> list[float]:
     model = load_base(
         ModelSpec.model_validate({"path": str(base), "weight_bits": bits}), device=torch.device("cpu")
     )
-    engine = BankEngine(model, METHODS[type(method)].add(model, method, 0), optimizer)
+    engine = BankEngine(Bank(model), METHODS[type(method)].add(model, method, 0), optimizer)
     return train(engine, optimizer.learning_rate)
 
 
@@ -54,7 +54,10 @@ def train(engine: Engine, rate: float, peers: Peers = Peers()) -> list[float]:
         packing=True, max_tokens=64, pad_token_id=2, sequences_per_forward=None, tokens_per_forward=128
     )
     random = np.random.default_rng(0)
-    examples = [Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2) for n in random.integers(5, 40, 8)]
+    examples = [
+        Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2, number=at)
+        for at, n in enumerate(random.integers(5, 40, 8))
+    ]
     mine = share([len(example.input_ids) for example in examples], peers.count)[peers.rank]
     own = [examples[at] for at in mine]
     reports: list[StepReport] = []

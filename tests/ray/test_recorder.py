@@ -21,7 +21,7 @@ from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.spec import LoraSpec, OptimizerSpec
 from raytune_ft.storage import open_storage
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.checkpoint import Position, read_position
 from raytune_ft.train.loop import fit
@@ -59,7 +59,7 @@ def train(config: dict[str, Any]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     peers = Peers.current()
     base = tiny.llama().requires_grad_(False)
-    engine = BankEngine(base, add_lora(base, LoraSpec(rank=4), 0), OptimizerSpec(), peers=peers)
+    engine = BankEngine(Bank(base), add_lora(base, LoraSpec(rank=4), 0), OptimizerSpec(), peers=peers)
     position, checkpoint = START, ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:

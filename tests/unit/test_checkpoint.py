@@ -12,7 +12,7 @@ from raytune_ft.errors import DataError, ModelError
 from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.spec import LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.checkpoint import SCHEMA_VERSION, Position, read_position, write_checkpoint
 
 POSITION = Position(
@@ -31,7 +31,7 @@ POSITION = Position(
 def engine(rank: int = 4, seed: int = 0) -> BankEngine:
     base = tiny.llama()
     base.requires_grad_(False)
-    return BankEngine(base, add_lora(base, LoraSpec(rank=rank), seed), OptimizerSpec())
+    return BankEngine(Bank(base), add_lora(base, LoraSpec(rank=rank), seed), OptimizerSpec())
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from raytune_ft.methods import METHODS
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
 from raytune_ft.models import head_paths, load_base, load_tokenizer
 from raytune_ft.spec import DataSpec, FullSpec, LoraSpec, ModelSpec, OptimizerSpec, parse_job
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Classes, Layout, Step, Tokens
 from raytune_ft.train.forward import ClassOf, arrangement_of
 from raytune_ft.train.loop import StepReport, fit
@@ -64,7 +64,7 @@ def trained(
 ) -> tuple[BankEngine, list[StepReport]]:
     model.requires_grad_(False)
     parameters = METHODS[type(method)].add(model, method, 0)
-    bank = BankEngine(model, parameters, OptimizerSpec(learning_rate=RATE))
+    bank = BankEngine(Bank(model), parameters, OptimizerSpec(learning_rate=RATE))
     reports: list[StepReport] = []
     fit(bank, steps(count, how), start=0, learning_rate=lambda _: RATE, report=reports.append)
     return bank, reports
@@ -260,7 +260,7 @@ class TestEqualsTransformers:
     def test_loss(self) -> None:
         model = tiny.bert()
         chosen = examples(9, 14, 5, 22, 30)
-        bank = BankEngine(model, dict(model.named_parameters()), OptimizerSpec())
+        bank = BankEngine(Bank(model), dict(model.named_parameters()), OptimizerSpec())
         (batch,) = layout().batches(chosen)
         with torch.no_grad():
             expected = float(model(**as_transformers_takes(chosen)).loss)
@@ -329,7 +329,7 @@ class TestTraining:
             torch.bfloat16
         }
         check_isolation(model, packed=True)
-        bank = BankEngine(model, add_lora(model, LORA, 0), OptimizerSpec())
+        bank = BankEngine(Bank(model), add_lora(model, LORA, 0), OptimizerSpec())
         same = [Step(layout().batches(examples(9, 14, 5, 22)), 4, "", 1)] * 12
         reports: list[StepReport] = []
         fit(bank, same, start=0, learning_rate=lambda _: 2e-2, report=reports.append)

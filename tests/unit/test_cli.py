@@ -23,6 +23,7 @@ from raytune_ft.spec import JobSpec, LoraSpec, parse_job
 COMMANDS = [
     (),
     ("train",),
+    ("fleet",),
     ("data",),
     ("plan",),
     ("schema",),
@@ -302,6 +303,10 @@ class TestStorageTrouble:
     [
         (["catalog", "ls", "--catalog", "x"], "interrupted"),
         (["train", "x.yaml"], "interrupted; the same command goes on from the last checkpoint"),
+        (
+            ["fleet", "x.yaml"],
+            "interrupted; the same command goes on, and trains nothing again that is done",
+        ),
     ],
 )
 def test_interrupted(
@@ -312,6 +317,7 @@ def test_interrupted(
 
     # The package has a function of the module's name.
     monkeypatch.setattr(sys.modules["raytune_ft.cli.main"], "read_job", interrupt)
+    monkeypatch.setattr(sys.modules["raytune_ft.cli.main"], "read_fleet", interrupt)
     monkeypatch.setattr("raytune_ft.cli.catalog.look.open_catalog", interrupt)
     monkeypatch.setattr(sys, "argv", ["raytune-ft", *command])
     with pytest.raises(SystemExit) as ended:

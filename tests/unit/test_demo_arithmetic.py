@@ -45,6 +45,12 @@ def _right(name: str, a: int, b: int, completion: str) -> bool:
             return numbers[0] + b == a
         case "multiplication":
             return numbers[0] == sum(a for _ in range(b))
+        case "successor":
+            return numbers[0] - 1 - b == a
+        case "swapping":
+            return numbers == [b, a]
+        case "smaller":
+            return numbers == sorted([a, b])[:1]
         case "division":
             quotient, remainder = numbers if "remainder" in completion else (*numbers, 0)
             return quotient * b + remainder == a and remainder < b
@@ -68,6 +74,9 @@ def test_answers_of_each_operation_by_hand() -> None:
         "copying": "49 6",
         "comparing": "49",
         "subtraction": "43",
+        "smaller": "6",
+        "swapping": "6 49",
+        "successor": "56",
         "multiplication": "294",
         "division": "8 remainder 1",
     }

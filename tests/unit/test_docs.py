@@ -16,14 +16,17 @@ from pydantic import BaseModel
 
 from raytune_ft import errors
 from raytune_ft.cli.main import INTERRUPTED
-from raytune_ft.spec import JobSpec, parse_job, read_job
+from raytune_ft.spec import FleetSpec, JobSpec, parse_fleet, parse_job, read_job
 from raytune_ft.train.engine import Engine
 
 
 class TestSnippets:
     @pytest.mark.parametrize("block", written_in("yaml"), ids=str)
-    def test_yaml_is_a_job(self, block: Block) -> None:
+    def test_yaml_is_a_job_or_a_fleet(self, block: Block) -> None:
         values = yaml.safe_load(block.text)
+        if {"jobs", "for_each"} & values.keys():
+            parse_fleet(values, place=str(block))
+            return
         least = {
             "name": "least",
             "model": {"path": "base"},
@@ -146,11 +149,12 @@ def signatures(source: str, name: str) -> dict[str, str]:
 
 
 class TestJobFile:
-    def test_every_field_stands_there_with_its_default(self) -> None:
-        text = (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8")
+    @pytest.mark.parametrize(("page", "spec"), [("job-file.md", JobSpec), ("fleet-file.md", FleetSpec)])
+    def test_every_field_stands_there_with_its_default(self, page: str, spec: type[BaseModel]) -> None:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         rows = re.findall(r"^\| `([\w.\[\]]+)` \| (\S.*?) \| \S.* \|$", text, flags=re.MULTILINE)
         assert len(rows) == len(dict(rows))
-        assert dict(rows) == dict(fields_of(JobSpec))
+        assert dict(rows) == dict(fields_of(spec))
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:

@@ -22,7 +22,7 @@ from raytune_ft.methods.lora import (
     target_paths,
 )
 from raytune_ft.spec import LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import fit
 
@@ -37,7 +37,7 @@ def examples(step: int) -> list[Tokens]:
 
 def trained(model: PreTrainedModel, spec: LoraSpec, steps: int) -> BankEngine:
     model.requires_grad_(False)
-    bank = BankEngine(model, add_lora(model, spec, seed=0), OptimizerSpec(learning_rate=5e-3))
+    bank = BankEngine(Bank(model), add_lora(model, spec, seed=0), OptimizerSpec(learning_rate=5e-3))
     layout = Layout(True, 64, 2, None, 4096)
     batches = (Step(layout.batches(examples(step)), 4, "", 1) for step in range(steps))
     fit(bank, batches, start=0, learning_rate=lambda _: 5e-3, report=lambda _: None)

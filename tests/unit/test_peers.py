@@ -17,12 +17,16 @@ from raytune_ft.data.pack import share
 from raytune_ft.errors import Diverged
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import FullSpec, LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
 
-METHOD_SPECS = {"lora": LoraSpec(rank=4, alpha=8), "full": FullSpec()}
+METHOD_SPECS = {
+    "lora": LoraSpec(rank=4, alpha=8),
+    "dropout": LoraSpec(rank=4, alpha=8, dropout=0.2),
+    "full": FullSpec(),
+}
 STEPS = 10
 WORLDS = (3, 2)
 LARGE = 20 << 20
@@ -34,7 +38,7 @@ def step_examples(step: int) -> list[Tokens]:
     random = np.random.default_rng(step)
     lengths = random.integers(4, 40, 1 if step == STEPS - 1 else 7)
     return [
-        Tokens(random.integers(6, 320, n), np.arange(n) >= n // 2, at % 2) for at, n in enumerate(lengths)
+        Tokens(random.integers(6, 320, n), np.arange(n) >= n // 2, at % 2, at) for at, n in enumerate(lengths)
     ]
 
 
@@ -49,7 +53,7 @@ def new_engine(model: PreTrainedModel, method: LoraSpec | FullSpec, peers: Peers
     model.requires_grad_(False)
     # Adam divides by the gradient's own size, so a small epsilon would blow up the rounding of tiny ones.
     optimizer = OptimizerSpec(learning_rate=1e-3, epsilon=1e-4, max_grad_norm=1.0)
-    return BankEngine(model, METHODS[type(method)].add(model, method, 0), optimizer, peers=peers)
+    return BankEngine(Bank(model), METHODS[type(method)].add(model, method, 0), optimizer, peers=peers)
 
 
 def train(name: str, peers: Peers) -> dict[str, Any]:

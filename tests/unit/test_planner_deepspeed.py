@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from raytune_ft.planner import ModelFacts, memory_plan
 from raytune_ft.spec import JobSpec, parse_job
-from raytune_ft.train.bank import make_optimizer
+from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.sharded import join_group, zero_config
 
 WORKERS = 2

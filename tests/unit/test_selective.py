@@ -25,7 +25,7 @@ from raytune_ft.errors import ModelError, SpecError
 from raytune_ft.methods import METHODS
 from raytune_ft.methods.selective import Unfreezing, layer_groups, layer_of, selected, unfreezing
 from raytune_ft.spec import FullSpec, OptimizerSpec, TrainOnlySpec, parse_job
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 
@@ -70,7 +70,8 @@ def engine(model: PreTrainedModel, spec: FullSpec, **settings: Any) -> BankEngin
     model.requires_grad_(False)
     method = METHODS[FullSpec]
     parameters = method.add(model, spec, 0)
-    return BankEngine(model, parameters, OPTIMIZER, unfreezing=method.unfreezing(model, spec), **settings)
+    bank = Bank(model, **settings)
+    return BankEngine(bank, parameters, OPTIMIZER, unfreezing=method.unfreezing(model, spec))
 
 
 def train(bank: BankEngine, start: int = 0, end: int = STEPS) -> list[StepReport]:
@@ -258,7 +259,7 @@ class TestTraining:
             model = tiny.llama().requires_grad_(False)
             method = METHODS[FullSpec]
             parameters = method.add(model, spec, 0)
-            return BankEngine(model, parameters, optimizer, unfreezing=method.unfreezing(model, spec))
+            return BankEngine(Bank(model), parameters, optimizer, unfreezing=method.unfreezing(model, spec))
 
         whole, first, second = new(), new(), new()
         train(whole)

@@ -19,8 +19,9 @@ from raytune_ft.methods import METHODS
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
 from raytune_ft.models import load_base, task_of
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Batch, Layout, Pairs, Step, Tokens
+from raytune_ft.train.engine import Block
 from raytune_ft.train.forward import arrangement_of
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.probe import check_isolation
@@ -59,7 +60,7 @@ def trained(
 ) -> tuple[BankEngine, list[StepReport]]:
     model.requires_grad_(False)
     parameters = METHODS[type(method)].add(model, method, 0)
-    bank = BankEngine(model, parameters, OptimizerSpec(learning_rate=RATE))
+    bank = BankEngine(Bank(model), parameters, OptimizerSpec(learning_rate=RATE))
     reports: list[StepReport] = []
     fit(bank, steps(count, how), start=0, learning_rate=lambda _: RATE, report=reports.append)
     return bank, reports
@@ -135,7 +136,7 @@ class TestEqualsTransformers:
     def test_loss(self, kind: dict[str, bool]) -> None:
         model = tiny.t5(**kind)
         chosen = examples(9, 14, 5, 22, 30)
-        bank = BankEngine(model, dict(model.named_parameters()), OptimizerSpec())
+        bank = BankEngine(Bank(model), dict(model.named_parameters()), OptimizerSpec())
         (batch,) = layout().batches(chosen)
         with torch.no_grad():
             expected = float(model(**as_transformers_takes(chosen)).loss)
@@ -198,10 +199,11 @@ class TestTraining:
         for checkpointing in (False, True):
             model = tiny.t5(dropout=0.1).requires_grad_(False)
             bank = BankEngine(
-                model, add_lora(model, LORA, 0), OptimizerSpec(), gradient_checkpointing=checkpointing
+                Bank(model, gradient_checkpointing=checkpointing), add_lora(model, LORA, 0), OptimizerSpec()
             )
             (batch,) = layout().batches(examples(9, 14))
-            loss = bank.accumulate(batch, step=0, forward=0, divisor_G=[batch.learned_tokens])
+            block = Block(bank, batch, step=0, forward=0, divisor=batch.learned_tokens, sources=1)
+            (loss,) = bank.base.accumulate([block])
             found.append((loss, bank.update(0.0)))
         assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
         assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
@@ -213,7 +215,7 @@ class TestTraining:
         model = load_base(ModelSpec.model_validate({"path": str(base), "weight_bits": bits}), device=CPU)
         assert task_of(model) == "seq2seq"
         check_isolation(model, packed=True)
-        bank = BankEngine(model, add_lora(model, LORA, 0), OptimizerSpec())
+        bank = BankEngine(Bank(model), add_lora(model, LORA, 0), OptimizerSpec())
         batches = layout().batches(examples(9, 14, 5))
         same = [Step(batches, 3, "", 1)] * 8
         reports: list[StepReport] = []
@@ -234,7 +236,7 @@ PROMPTS = ([10, 11, 12], [13], [14, 15, 16, 17, 18, 19, 20], [21, 22])
 def taught() -> T5ForConditionalGeneration:
     """A T5 that learned four answers of one to four tokens."""
     model = tiny.t5()
-    bank = BankEngine(model, dict(model.named_parameters()), OptimizerSpec())
+    bank = BankEngine(Bank(model), dict(model.named_parameters()), OptimizerSpec())
     lessons = [
         Tokens(
             np.array([*prompt, *range(100, 101 + at), EOS]), np.arange(len(prompt) + at + 2) >= len(prompt)

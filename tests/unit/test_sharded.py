@@ -23,6 +23,7 @@ from raytune_ft.models import load_base
 from raytune_ft.planner import bucket_elements
 from raytune_ft.spec import ClusterSpec, FullSpec, JobSpec, LoraSpec, ModelSpec, OptimizerSpec
 from raytune_ft.train.batch import Layout, Step, Tokens
+from raytune_ft.train.engine import Block
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.sharded import ShardedEngine, join_group, zero_config
@@ -195,7 +196,7 @@ def blow_up(stage: int, base: Path, peers: Peers) -> tuple[float, bool]:
     (batch, *_) = LAYOUT.batches(step_examples(0))
     # Not finite on one worker alone: its objective is divided by next to nothing.
     divisor = 1e-45 if peers.rank == 0 else 1
-    engine.accumulate(batch, step=1, forward=peers.rank, divisor_G=[divisor, divisor])
+    engine.accumulate([Block(engine, batch, 1, forward=peers.rank, divisor=divisor, sources=2)])
     norm = engine.update(RATE)
     return norm, all(torch.equal(p, before[name]) for name, p in whole(engine).items())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from raytune_ft.data.pack import share
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import ClusterSpec, FullSpec, LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Classes, Layout, Pairs, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 STEPS = 4
 RATE = 1e-3
 OPTIMIZER = OptimizerSpec(learning_rate=RATE, epsilon=1e-4)
-LORA = LoraSpec(rank=4, alpha=8)
+LORA = LoraSpec(rank=4, alpha=8, dropout=0.2)
 
 
 class Case(NamedTuple):
@@ -52,7 +52,9 @@ def step_examples(step: int) -> list[Tokens]:
     """Every third step has one, so that a worker has none."""
     random = np.random.default_rng(step)
     lengths = random.integers(4, 40, 1 if step % 3 == 2 else 7)
-    return [Tokens(random.integers(6, 60, n), np.arange(n) >= n - 3) for n in lengths]
+    return [
+        Tokens(random.integers(6, 60, n), np.arange(n) >= n - 3, number=at) for at, n in enumerate(lengths)
+    ]
 
 
 def run(engine: BankEngine | ShardedEngine, family: str, peers: Peers) -> list[StepReport]:
@@ -111,7 +113,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_it_trains_what_one_worker_trains(name: str, found: list[dict[str, Any]]) -> None:
     case = CASES[name]
     model = MODELS[case.family]().requires_grad_(False)
-    bank = BankEngine(model, METHODS[type(case.method)].add(model, case.method, 0), OPTIMIZER)
+    bank = BankEngine(Bank(model), METHODS[type(case.method)].add(model, case.method, 0), OPTIMIZER)
     expected = [report.loss for report in run(bank, case.family, Peers())]
     for losses, weights in (worker[name] for worker in found):
         assert losses == pytest.approx(expected, abs=1e-5)

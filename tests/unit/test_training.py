@@ -22,10 +22,11 @@ from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Batch, Layout, Step, Tokens
+from raytune_ft.train.engine import Block
 from raytune_ft.train.loop import StepReport, fit, mean_loss, source_losses
-from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
+from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.probe import check_isolation
 from raytune_ft.train.schedule import learning_rate
 
@@ -37,7 +38,7 @@ def tokens(*lengths: int, seed: int = 0, sources: int = 1) -> list[Tokens]:
     """Random examples, the second half of each learned, from one source after the other."""
     random = np.random.default_rng(seed)
     return [
-        Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2, at % sources)
+        Tokens(random.integers(3, 320, n), np.arange(n) >= n // 2, at % sources, at)
         for at, n in enumerate(lengths)
     ]
 
@@ -58,7 +59,7 @@ def engine(
     base.requires_grad_(False)
     spec = method or LoraSpec(rank=4, alpha=8)
     parameters = METHODS[type(spec)].add(base, spec, seed)
-    return BankEngine(base, parameters, optimizer, gradient_checkpointing=checkpointing)
+    return BankEngine(Bank(base, gradient_checkpointing=checkpointing), parameters, optimizer)
 
 
 def train(
@@ -156,16 +157,6 @@ class TestPackedAttention:
             check_isolation(model, packed=True)
 
 
-def plain_sum(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk: int) -> torch.Tensor:
-    """The sum of all cross-entropies as torch computes it, chunk by chunk."""
-    pieces = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
-    sums = [F.cross_entropy(head(piece).float(), part, reduction="sum") for piece, part in pieces]
-    total = torch.zeros(())
-    for each in sums:
-        total = total + each
-    return total
-
-
 class TestLoss:
     @pytest.mark.parametrize("chunk", [1, 3, 100])
     def test_equals_torch_with_gradients(self, chunk: int) -> None:
@@ -174,46 +165,68 @@ class TestLoss:
         hidden = torch.randn(10, 8, requires_grad=True)
         labels = torch.randint(0, 11, (10,))
         group = torch.tensor([0, 2, 0, 0, 2, 2, 0, 2, 2, 0])
-        scale = torch.tensor([3.0, 1.0, 0.25])
+        scale = torch.tensor([3.0, 1.0, 0.25])[group]
         losses = F.cross_entropy(head(hidden), labels, reduction="none")
-        expected = (losses * scale[group]).sum()
+        expected = (losses * scale).sum()
         wanted = torch.autograd.grad(expected, [hidden, *head.parameters()])
-        found, sums = grouped_cross_entropy(
-            hidden, labels, group, scale, head, list(head.parameters()), chunk
-        )
+        found, each = chunked_cross_entropy(hidden, labels, scale, head, list(head.parameters()), chunk)
         got = torch.autograd.grad(found, [hidden, *head.parameters()])
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(got, wanted)
-        torch.testing.assert_close(sums, torch.stack([losses[group == g].sum() for g in range(3)]))
-        assert not sums.requires_grad
+        torch.testing.assert_close(each, losses)
+        assert not each.requires_grad
+        sums = torch.stack([losses[group == g].double().sum() for g in range(3)])
+        torch.testing.assert_close(sums_by_group(each, group, 3), sums)
         torch.testing.assert_close(cross_entropy_sum(hidden, labels, head, chunk), losses.sum())
 
     @settings(deadline=None, max_examples=30)
-    @given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 100), st.integers(0, 2**16))
-    def test_one_scale_gives_the_bits_of_the_plain_sum(
-        self, count: int, chunk: int, learned: int, seed: int
-    ) -> None:
-        torch.manual_seed(seed)
+    @given(st.integers(1, 40), st.integers(1, 16), st.lists(st.integers(1, 100), min_size=1, max_size=5))
+    def test_a_scale_is_multiplied_in_last(self, count: int, chunk: int, divisors: list[int]) -> None:
+        torch.manual_seed(count)
         head = nn.Linear(8, 11).requires_grad_(False)
         hidden = torch.randn(count, 8, requires_grad=True)
         labels = torch.randint(0, 11, (count,))
-        plain = plain_sum(hidden, labels, head, chunk)
+        plain, _ = chunked_cross_entropy(hidden, labels, torch.ones(count), head, [], chunk)
         (wanted,) = torch.autograd.grad(plain, hidden)
-        scale = 1.0 / torch.tensor([learned, learned], dtype=torch.float32)
-        for group in (torch.zeros(count, dtype=torch.int64), torch.arange(count) % 2):
-            objective, sums = grouped_cross_entropy(hidden, labels, group, scale, head, [], chunk)
-            (got,) = torch.autograd.grad(objective, hidden)
-            assert torch.equal(got, wanted * scale[0])
-            if not group.any():
-                assert sums.tolist() == [plain.item(), 0.0]
+        scale = (1.0 / torch.tensor(divisors, dtype=torch.float32))[torch.arange(count) % len(divisors)]
+        objective, _ = chunked_cross_entropy(hidden, labels, scale, head, [], chunk)
+        (got,) = torch.autograd.grad(objective, hidden)
+        assert torch.equal(got, wanted * scale[:, None])
+
+    @settings(deadline=None, max_examples=20)
+    @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 30))
+    def test_a_position_does_not_depend_on_those_beside_it(self, count: int, chunk: int, others: int) -> None:
+        torch.manual_seed(count)
+        head = nn.Linear(64, 320).requires_grad_(False)
+        hidden, labels = torch.randn(count + others, 64), torch.randint(0, 320, (count + others,))
+        found = []
+        for part in (slice(count), slice(count + others)):
+            own = hidden[part].clone().requires_grad_()
+            objective, losses = chunked_cross_entropy(
+                own, labels[part], torch.ones(len(own)), head, [], chunk
+            )
+            found.append((torch.autograd.grad(objective, own)[0][:count], losses[:count]))
+        assert all(torch.equal(alone, beside) for alone, beside in zip(*found, strict=True))
+
+    def test_what_is_not_finite_stays_where_it_is(self) -> None:
+        torch.manual_seed(0)
+        head = nn.Linear(8, 11).requires_grad_(False)
+        hidden = torch.randn(6, 8)
+        labels = torch.randint(0, 11, (6,))
+        found = []
+        for value in (1.0, math.nan):
+            sick = hidden.clone().index_fill_(0, torch.tensor([1, 4]), value).requires_grad_()
+            objective, losses = chunked_cross_entropy(sick, labels, torch.ones(6), head, [], 4)
+            found.append((torch.autograd.grad(objective, sick)[0], losses))
+        well = torch.tensor([0, 2, 3, 5])
+        assert all(torch.equal(a[well], b[well]) for a, b in zip(*found, strict=True))
+        assert found[1][1].isnan().tolist() == [False, True, False, False, True, False]
 
     def test_a_frozen_head_gets_no_gradient(self) -> None:
         head = nn.Linear(8, 11).requires_grad_(False)
         hidden = torch.randn(4, 8, requires_grad=True)
-        labels, group = torch.tensor([0, 1, 2, 3]), torch.zeros(4, dtype=torch.int64)
-        objective, _ = grouped_cross_entropy(
-            hidden, labels, group, torch.ones(1), head, list(head.parameters()), 2
-        )
+        labels = torch.tensor([0, 1, 2, 3])
+        objective, _ = chunked_cross_entropy(hidden, labels, torch.ones(4), head, list(head.parameters()), 2)
         objective.backward()
         assert hidden.grad is not None
         assert head.weight.grad is None
@@ -312,11 +325,11 @@ class TestEngine:
         bank = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=1e-3))
         batches = some_steps(1)[0]
         for forward, batch in enumerate(batches):
-            bank.accumulate(batch, step=0, forward=forward, divisor_G=[10])
+            bank.base.accumulate([Block(bank, batch, 0, forward, divisor=10, sources=1)])
         norm = bank.update(0.0)
         free = engine(optimizer=OptimizerSpec(learning_rate=1e-2, max_grad_norm=None))
         for forward, batch in enumerate(batches):
-            free.accumulate(batch, step=0, forward=forward, divisor_G=[10])
+            free.base.accumulate([Block(free, batch, 0, forward, divisor=10, sources=1)])
         assert norm == pytest.approx(free.update(0.0))
         assert norm > 1e-3
 
@@ -427,7 +440,7 @@ class TestQuantised:
             batches = some_steps(1)[0]
             if evaluate_first:
                 mean_loss(bank, batches)
-            bank.accumulate(batches[0], step=0, forward=0, divisor_G=[20])
+            bank.base.accumulate([Block(bank, batches[0], step=0, forward=0, divisor=20, sources=1)])
             return bank.update(0.0)
 
         assert grad_norm(True) == grad_norm(False) > 0

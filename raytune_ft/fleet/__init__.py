@@ -1,0 +1,1 @@
+"""Fleets: many jobs, each lane with one resident base."""

@@ -1,0 +1,154 @@
+"""Checkpoints of one job in its run's folder, beside those that Ray Train keeps of a job by itself.
+
+    kept/<step>-<token>/<file>      what the engine wrote, and the position
+    kept/<step>-<token>.json        names all files with their sizes; written last
+
+A checkpoint without its list is none, nor is one of which a file is not as the list says: so a lane that was
+taken for lost, and writes on, can do no harm to the one that took its place.
+"""
+
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from raytune_ft.errors import StorageDenied, StorageMissing
+from raytune_ft.spec import CheckpointSpec
+from raytune_ft.storage import Storage
+from raytune_ft.train.uploads import send_folder
+
+PREFIX = "kept/"
+_SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class KeptCheckpoint:
+    """A complete checkpoint, as its list describes it."""
+
+    # What is read back, from a bucket that others may write to, is as strict as a job file.
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[0-9]{10}-[0-9a-f]{8}$")]
+    """Sorts by step."""
+    step: int
+    validation_loss: float | None
+    size_bytes: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], int]
+    """Of each file."""
+
+
+_LIST = TypeAdapter(KeptCheckpoint)
+
+
+def superfluous(kept: Sequence[KeptCheckpoint], spec: CheckpointSpec) -> list[KeptCheckpoint]:
+    """Which checkpoints need not stay: those beyond `keep`, the newest always being one of those that stay.
+
+    Args:
+        kept: in any order.
+        spec: says how many stay, and whether those with the lowest validation loss do.
+    """
+    newest_first = sorted(kept, key=lambda one: one.name, reverse=True)
+    if not spec.keep_best:
+        return newest_first[spec.keep :]
+
+    def loss(one: KeptCheckpoint) -> float:
+        return float("inf") if one.validation_loss is None else one.validation_loss
+
+    best = sorted(newest_first, key=loss)[: spec.keep]
+    return [one for one in newest_first[1:] if one not in best]
+
+
+class JobCheckpoints:
+    """The checkpoints of a job."""
+
+    def __init__(self, storage: Storage, spec: CheckpointSpec) -> None:
+        """Nothing is read yet.
+
+        Args:
+            storage: the run's folder.
+            spec: says which of them stay.
+        """
+        self._storage = storage
+        self._spec = spec
+
+    def restore(self, folder: Path) -> int | None:
+        """Fetch the newest one into an empty folder, and remove what was never complete.
+
+        Returns:
+            Its step; None where there is none.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        kept, others = self._listed()
+        for one in sorted(kept, key=lambda one: one.name, reverse=True):
+            if self._fetch(one, folder):
+                self._delete(others)
+                return one.step
+        self._delete(others)
+        return None
+
+    def add(
+        self, folder: Path, step: int, validation_loss: float | None, *, may_write: Callable[[], None]
+    ) -> int:
+        """Keep the files of a folder, then remove what need not stay; the bytes that were written.
+
+        Args:
+            folder: of this machine; flat.
+            step: steps done.
+            validation_loss: where it was measured.
+            may_write: asked before each file; raises where somebody else has taken over.
+
+        Raises:
+            StorageError: the store failed for too long; the former checkpoint stays.
+        """
+        name = f"{step:010d}-{uuid.uuid4().hex[:8]}"
+        size_bytes = send_folder(self._storage, folder, f"{PREFIX}{name}", may_write=may_write)
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        one = KeptCheckpoint(name, step, validation_loss, sizes)
+        self._storage.write(f"{PREFIX}{name}{_SUFFIX}", _LIST.dump_json(one))
+        kept, _ = self._listed()
+        for old in superfluous(kept, self._spec):
+            keys = [f"{PREFIX}{old.name}/{file}" for file in old.size_bytes]
+            # The list first: what is left by a kill here is no checkpoint.
+            self._delete([f"{PREFIX}{old.name}{_SUFFIX}", *keys])
+        return size_bytes
+
+    def _listed(self) -> tuple[list[KeptCheckpoint], list[str]]:
+        """Complete checkpoints, and the keys that belong to none."""
+        keys = [found.key for found in self._storage.list(PREFIX)]
+        kept = [one for key in keys if key.endswith(_SUFFIX) and (one := self._read(key)) is not None]
+        own = {f"{PREFIX}{one.name}" for one in kept}
+        others = [
+            key for key in keys if key.removesuffix(_SUFFIX) not in own and key.rpartition("/")[0] not in own
+        ]
+        return kept, others
+
+    def _read(self, key: str) -> KeptCheckpoint | None:
+        if key.count("/") != 1:
+            return None
+        content = self._storage.read_or_none(key)
+        with suppress(ValidationError):
+            return None if content is None else _LIST.validate_json(content)
+        return None
+
+    def _fetch(self, one: KeptCheckpoint, folder: Path) -> bool:
+        """Whether all of its files could be had."""
+        try:
+            for name, size_bytes in one.size_bytes.items():
+                self._storage.download(f"{PREFIX}{one.name}/{name}", folder / name)
+                if (folder / name).stat().st_size != size_bytes:
+                    raise StorageMissing(f"{name}: cut off")
+        except StorageMissing:
+            for file in folder.iterdir():
+                file.unlink()
+            return False
+        return True
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        with suppress(StorageDenied):
+            for key in keys:
+                self._storage.delete(key)

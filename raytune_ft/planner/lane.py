@@ -1,0 +1,106 @@
+"""Bytes of a lane: one resident base, and the jobs that are trained on it together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from raytune_ft.planner.choice import usable_bytes
+from raytune_ft.planner.facts import ModelFacts
+from raytune_ft.planner.memory import MemoryPlan, logits_bytes, memory_plan, weight_bytes
+from raytune_ft.planner.refusal import choose
+from raytune_ft.spec import JobSpec
+
+Resident = Literal["packed", "dequantised"]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How many jobs share a base on a device, and how the base is held."""
+
+    resident: Resident
+    slots: int
+    memory: MemoryPlan
+    """With those jobs that need most: whichever meet on the lane fit as well."""
+
+
+def lane_memory(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str) -> MemoryPlan:
+    """Predict the peak of a lane while it trains jobs of one base, in passes with a row of each.
+
+    The weights of the base stand there once. Each job adds its adapter, its gradients, its optimizer's state
+    and the activations of a row of its `max_tokens`.
+
+    Args:
+        facts: of the base.
+        jobs: at least one; their `model` sections are equal.
+        resident: how a 4-bit base is held: `packed` or `dequantised`.
+    """
+    base_bytes = weight_bytes(facts, jobs[0].model, resident)
+    alone = [
+        memory_plan(facts, job, resident=resident, tokens_per_forward=job.data.max_tokens) for job in jobs
+    ]
+    return MemoryPlan(
+        weights=base_bytes + sum(plan.weights - base_bytes for plan in alone),
+        gradients=sum(plan.gradients for plan in alone),
+        optimizer=sum(plan.optimizer for plan in alone),
+        activations=sum(plan.activations for plan in alone),
+        logits=logits_bytes(facts, sum(job.data.max_tokens for job in jobs)),
+        workspace=max(plan.workspace for plan in alone),
+    )
+
+
+def choose_lane(
+    facts: ModelFacts, jobs: Sequence[JobSpec], device_bytes: int | None, most_slots: int
+) -> Lane:
+    """As many slots as a device holds, up to `most_slots`; a 4-bit base dequantised where that costs none.
+
+    A dequantised base is only faster, so it may fill half of the usable memory, as for a single job.
+
+    Args:
+        facts: of the base.
+        jobs: all jobs of it; any `slots` of them may meet on the lane.
+        device_bytes: memory of the lane's device; None: not known, so nothing limits the slots.
+        most_slots: at least 1.
+
+    Raises:
+        ModelError: the device does not hold one of the jobs by itself. Names what it would hold.
+    """
+    most = min(most_slots, len(jobs))
+    model = jobs[0].model
+    asked: Resident = "dequantised" if model.resident == "dequantised" else "packed"
+    if device_bytes is None:
+        return Lane(asked, most, _worst(facts, jobs, asked, most))
+    usable = usable_bytes(device_bytes)
+    slots = _fitting(facts, jobs, asked, most, usable)
+    if not slots:
+        for job in jobs:
+            choose(job, facts, device_bytes)
+        slots = 1
+    free = model.resident == "auto" and model.weight_bits == 4
+    if free and _fitting(facts, jobs, "dequantised", most, usable // 2) == slots:
+        asked = "dequantised"
+    return Lane(asked, slots, _worst(facts, jobs, asked, slots))
+
+
+def _worst(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str, slots: int) -> MemoryPlan:
+    """At least what any `slots` of the jobs need together."""
+
+    def own_bytes(job: JobSpec) -> int:
+        plan = lane_memory(facts, [job], resident)
+        return plan.weights + plan.gradients + plan.optimizer + plan.activations
+
+    plan = lane_memory(facts, sorted(jobs, key=own_bytes, reverse=True)[:slots], resident)
+    # The longest rows need not be those of the largest jobs.
+    longest = sorted((job.data.max_tokens for job in jobs), reverse=True)[:slots]
+    return replace(plan, logits=logits_bytes(facts, sum(longest)))
+
+
+def _fitting(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str, most: int, limit_bytes: int) -> int:
+    """The most slots up to `most` that fit; each more needs more."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _worst(facts, jobs, resident, middle).total <= limit_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low

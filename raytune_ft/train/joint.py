@@ -1,0 +1,162 @@
+"""Several blocks in one pass: all tokens in one row, and each block's attention by itself.
+
+Every layer but the attention treats each token by itself, so that blocks of different shapes need no common
+width and no padding. In the attention each block gets its own shape back: what it computes is what it would
+compute alone, and nothing of one block reaches another, not even what is not finite.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raytune_ft.errors import ModelError
+from raytune_ft.train.batch import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "raytune_blocks"
+_PLAIN = "sdpa"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one block within the row of all tokens."""
+
+    start: int
+    rows: int
+    width: int
+    packed: bool
+    """Whether a row holds more than one example, or padding."""
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """What takes the place of an attention mask in a pass of several blocks."""
+
+    blocks: Sequence[_Block]
+    masks: Sequence[Tensor | None]
+    """Of each block (B, 1, T, T), True where a token sees another; None: what stands before it."""
+
+
+_current: ContextVar[Sequence[_Block]] = ContextVar("blocks")
+
+
+def side_by_side(model: "PreTrainedModel", batches: Sequence[Batch]) -> Tensor:
+    """Last hidden states (1, N, D) of all tokens of some batches, of one after another.
+
+    Raises:
+        ModelError: the model does not compute its attention where it can be told apart.
+    """
+    _use_blocks(model)
+    ids_1N = torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None]
+    positions_1N = torch.cat([batch.position_ids_BT.flatten() for batch in batches])[None]
+    with _blocks_of(batches):
+        output = model.base_model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False)
+    hidden_1ND: Tensor = output.last_hidden_state
+    return hidden_1ND
+
+
+def _use_blocks(model: "PreTrainedModel") -> None:
+    """Let the model's attention ask here; without blocks it stays what it was."""
+    if model.config._attn_implementation == _NAME:
+        return
+    if model.config._attn_implementation != _PLAIN:
+        raise ModelError(
+            f"{type(model).__name__} computes its attention by '{model.config._attn_implementation}', which "
+            "jobs cannot share; train them one after another"
+        )
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+    model.set_attn_implementation(_NAME)
+
+
+@contextmanager
+def _blocks_of(batches: Sequence[Batch]) -> Iterator[None]:
+    blocks = []
+    start = 0
+    for batch in batches:
+        rows, width = batch.position_ids_BT.shape
+        packed = bool((batch.position_ids_BT.diff(dim=1) != 1).any())
+        blocks.append(_Block(start, rows, width, packed))
+        start += rows * width
+    token = _current.set(blocks)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(**given: Any) -> "Tensor | _Masks | None":
+    """Masks of the blocks, each what the model would make for the block alone.
+
+    Takes what transformers passes to a function that makes a mask. Its `mask_function` says of two places in
+    the row of all tokens whether one sees the other; it finds examples by their positions.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    blocks = _current.get(None)
+    if blocks is None:
+        plain: Tensor | None = sdpa_mask(**given)
+        return plain
+    if given.get("use_vmap") or given.get("attention_mask") is not None:
+        raise ModelError("the model makes masks of its own, through which jobs cannot share passes")
+    window, sees = given.get("local_size"), given["mask_function"]
+    return _Masks(
+        blocks,
+        [
+            _block_mask(block, sees, given["device"])
+            if block.packed or (window is not None and block.width >= window)
+            else None
+            for block in blocks
+        ],
+    )
+
+
+def _block_mask(block: _Block, sees: Callable[..., Tensor], device: torch.device) -> Tensor:
+    place_BT = torch.arange(block.rows * block.width, device=device).view(block.rows, block.width)
+    place_BT = place_BT + block.start
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+    mask_B1TT: Tensor = sees(zero, zero, place_BT[:, None, :, None], place_BT[:, None, None, :])
+    return mask_B1TT.expand(block.rows, 1, block.width, block.width)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: "Tensor | _Masks | None",
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each block in its own shape; arguments and result are those of transformers' functions."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not isinstance(attention_mask, _Masks):
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **settings
+        )
+        return plain
+    blocks = attention_mask.blocks
+    pieces = [_in_blocks(tensor, blocks) for tensor in (query, key, value)]
+    outputs = [
+        sdpa_attention_forward(module, *each, mask, **settings)[0].flatten(0, 1)
+        for *each, mask in zip(*pieces, attention_mask.masks, strict=True)
+    ]
+    return torch.cat(outputs)[None], None
+
+
+def _in_blocks(tensor_1HND: Tensor, blocks: Sequence[_Block]) -> list[Tensor]:
+    """What each block has of it (B, H, T, D)."""
+    pieces = torch.split(tensor_1HND[0].transpose(0, 1), [block.rows * block.width for block in blocks])
+    return [
+        piece.view(block.rows, block.width, *piece.shape[1:]).transpose(1, 2)
+        for piece, block in zip(pieces, blocks, strict=True)
+    ]

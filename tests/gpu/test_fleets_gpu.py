@@ -1,0 +1,134 @@
+"""Several jobs on one base, where their updates are grouped products. Run with `pytest -m gpu`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from fleets import Plan, run_alone, run_together
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raytune_ft.errors import Diverged
+from raytune_ft.methods.dropout import dropped, feature_keys, module_seed, token_keys
+from raytune_ft.methods.grouped import grouped_update, serves
+from raytune_ft.models import load_base
+from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
+from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.probe import can_share_passes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = torch.device("cuda")
+JOBS = [
+    Plan(seed=0, method=LoraSpec(rank=4, alpha=8, dropout=0.1), steps=8),
+    Plan(seed=1, method=LoraSpec(rank=16, alpha=4, targets=("q_proj", "down_proj")), steps=10, sequences=2),
+    Plan(seed=2, method=LoraSpec(rank=7, alpha=9, targets="attention"), per_forward=2, joins=3),
+    Plan(seed=3, method=LoraSpec(rank=64), optimizer=OptimizerSpec(kind="paged_adamw_8bit"), steps=5),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
+
+
+def load(folder: Path, bits: int) -> PreTrainedModel:
+    return load_base(ModelSpec.model_validate({"path": str(folder), "weight_bits": bits}), device=CUDA)
+
+
+def exact(
+    x_ND: Tensor,
+    y_NO: Tensor,
+    stops: Sequence[int],
+    scales: Sequence[float],
+    pairs: Sequence[tuple[Tensor, Tensor] | None],
+) -> Tensor:
+    pieces = []
+    for start, stop, scale, pair in zip((0, *stops), stops, scales, pairs, strict=False):
+        update = 0 if pair is None else x_ND[start:stop] @ pair[0].t() * scale @ pair[1].t()
+        pieces.append(y_NO[start:stop] + update)
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [
+        ([5], [16]),
+        ([1, 2, 3], [8, 8, 8]),
+        ([100, 7, 64, 1], [4, 16, None, 1]),
+        ([513, 33], [64, 5]),
+        ([17] * 32, [8] * 32),
+    ],
+    ids=str,
+)
+def test_the_grouped_update_equals_exact_products(sizes: list[int], ranks: list[int | None]) -> None:
+    torch.manual_seed(0)
+    stops = torch.tensor(sizes).cumsum(0).tolist()
+    scales = [0.5 + at % 3 for at in range(len(sizes))]
+    x_ND = torch.randn(stops[-1], 128, device=CUDA, dtype=torch.bfloat16)
+    y_NO = torch.randn(stops[-1], 192, device=CUDA, dtype=torch.bfloat16)
+    if not serves(x_ND, y_NO):
+        pytest.skip("the device has no grouped product")
+    pairs = [
+        None if r is None else (torch.randn(r, 128, device=CUDA), torch.randn(192, r, device=CUDA))
+        for r in ranks
+    ]
+    found = []
+    for update, dtype in ((exact, torch.float64), (grouped_update, torch.bfloat16)):
+        x, y = x_ND.to(dtype).requires_grad_(), y_NO.to(dtype).requires_grad_()
+        wide = dtype if dtype == torch.float64 else torch.float32
+        given = [pair and tuple(w.to(wide).clone().requires_grad_() for w in pair) for pair in pairs]
+        updated = update(x, y, stops, scales, given)  # type: ignore[arg-type]
+        updated.double().square().sum().backward()
+        found.append([updated, x.grad, y.grad, *(w.grad for pair in given if pair for w in pair)])
+    for precise, rounded in zip(*found, strict=True):
+        assert precise is not None
+        assert rounded is not None
+        assert float((precise - rounded.double()).norm() / precise.norm()) < 2e-2
+
+
+def test_masks_are_those_of_the_cpu() -> None:
+    seed = module_seed(3, "model.layers.0.mlp.up_proj")
+    masks = []
+    for device in ("cpu", "cuda"):
+        example_N = torch.arange(40, device=device).repeat_interleave(25)
+        position_N = torch.arange(25, device=device).repeat(40)
+        keys_N = token_keys(11, example_N, position_N)
+        masks.append(dropped(seed, keys_N, feature_keys(seed, 300, torch.device(device)), 0.1).cpu())
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("bits", [4, 16, 32])
+def test_each_job_follows_its_curve_alone(folder: Path, bits: int) -> None:
+    assert can_share_passes(load(folder, bits))
+    for job, found in zip(JOBS, run_together(load(folder, bits), JOBS), strict=True):
+        assert found.ends == [None]
+        alone = run_alone(load(folder, bits), job)
+        assert [r.loss for r in found.reports] == pytest.approx(
+            [r.loss for r in alone.reports], abs=1e-4 if bits == 32 else 2e-2
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_weights_that_are_not_finite_end_their_job_alone(folder: Path, bits: int) -> None:
+    jobs = [replace(job, joins=0, steps=6) for job in JOBS[:3]]
+
+    def poison(place: int, step: int, engine: BankEngine) -> None:
+        if (place, step) == (1, 2):
+            with torch.no_grad():
+                for parameter in engine.parameters.values():
+                    parameter.fill_(math.nan)
+
+    found = run_together(load(folder, bits), jobs, meddle=poison)
+    assert isinstance(found[1].ends[0], Diverged)
+    for at in (0, 2):
+        alone = run_alone(load(folder, bits), jobs[at])
+        assert [r.loss for r in found[at].reports] == pytest.approx(
+            [r.loss for r in alone.reports], abs=1e-4 if bits == 32 else 2e-2
+        )

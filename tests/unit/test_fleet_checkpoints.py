@@ -1,0 +1,137 @@
+"""Checkpoints of a fleet's job: whole or not there, and no more of them than may stay."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_ft.errors import StorageError, StorageFull
+from raytune_ft.fleet.checkpoints import PREFIX, JobCheckpoints, KeptCheckpoint, superfluous
+from raytune_ft.fleet.keeping import JobKeeping
+from raytune_ft.spec import CheckpointSpec
+from raytune_ft.storage import Storage, open_storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "run"))
+
+
+def written(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_text(text)
+    (folder / "position.json").write_text("{}")
+    return folder
+
+
+def add(kept: JobCheckpoints, folder: Path, step: int, loss: float | None = None) -> None:
+    kept.add(written(folder / f"at-{step}", f"of step {step}"), step, loss, may_write=lambda: None)
+
+
+def restored(kept: JobCheckpoints, folder: Path) -> tuple[int | None, str]:
+    folder.mkdir()
+    step = kept.restore(folder)
+    file = folder / "weights.safetensors"
+    return step, file.read_text() if file.exists() else ""
+
+
+def test_the_newest_comes_back_and_the_oldest_go(storage: Storage, tmp_path: Path) -> None:
+    kept = JobCheckpoints(storage, CheckpointSpec(keep=2))
+    assert restored(kept, tmp_path / "none") == (None, "")
+    for step in (2, 10, 4):
+        add(kept, tmp_path, step)
+    assert restored(kept, tmp_path / "back") == (10, "of step 10")
+    assert {key.key[len(PREFIX) :][:10] for key in storage.list(PREFIX)} == {f"{4:010d}", f"{10:010d}"}
+
+
+@pytest.mark.parametrize("gone", ["weights.safetensors", "list", "cut off"])
+def test_one_that_is_not_whole_is_none(storage: Storage, tmp_path: Path, gone: str) -> None:
+    kept = JobCheckpoints(storage, CheckpointSpec(keep=2))
+    add(kept, tmp_path, 1)
+    add(kept, tmp_path, 2)
+    newest = [found.key for found in storage.list(f"{PREFIX}{2:010d}")]
+    weights = next(key for key in newest if key.endswith("weights.safetensors"))
+    if gone == "cut off":
+        storage.write(weights, b"of st")
+    else:
+        storage.delete(weights if gone != "list" else next(key for key in newest if key.count("/") == 1))
+    assert restored(kept, tmp_path / "back") == (1, "of step 1")
+    if gone == "list":
+        assert not list(storage.list(f"{PREFIX}{2:010d}")), "nobody will ask for its files"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no JSON",
+        b'{"name": "0000000009-00000000", "step": 9, "validation_loss": null, "size_bytes": {"../x": 1}}',
+        b'{"name": "../../0000000009", "step": 9, "validation_loss": null, "size_bytes": {}}',
+    ],
+)
+def test_a_list_that_leads_elsewhere_is_none(storage: Storage, tmp_path: Path, content: bytes) -> None:
+    kept = JobCheckpoints(storage, CheckpointSpec())
+    add(kept, tmp_path, 1)
+    storage.write(f"{PREFIX}0000000009-00000000.json", content)
+    assert restored(kept, tmp_path / "back") == (1, "of step 1")
+
+
+@given(st.lists(st.floats(0, 10) | st.none(), min_size=1, max_size=8), st.integers(1, 4), st.booleans())
+def test_what_may_go(losses: list[float | None], keep: int, keep_best: bool) -> None:
+    kept = [KeptCheckpoint(f"{at:010d}-{at:08x}", at, loss, {}) for at, loss in enumerate(losses)]
+    stay = [
+        one for one in kept if one not in superfluous(kept, CheckpointSpec(keep=keep, keep_best=keep_best))
+    ]
+    assert kept[-1] in stay
+    if not keep_best:
+        assert stay == kept[-keep:]
+        return
+    assert min(keep, len(kept)) <= len(stay) <= keep + 1
+    gone = [one.validation_loss for one in kept if one not in stay and one.validation_loss is not None]
+    best = sorted(one.validation_loss for one in stay if one.validation_loss is not None)[:keep]
+    assert not gone or len(best) < keep or max(best) <= min(gone) or kept[-1].validation_loss in best
+
+
+class TestKeeping:
+    def keeping(self, kept: Any, threads: ThreadPoolExecutor, folder: Path, told: list[int]) -> JobKeeping:
+        return JobKeeping(kept, threads, folder, may_write=lambda: None, on_kept=told.append)
+
+    def write(self, folder: Path) -> None:
+        (folder / "weights.safetensors").write_text("weights")
+
+    def test_who_comes_while_one_is_on_its_way_is_left_out_unless_it_matters(
+        self, storage: Storage, tmp_path: Path
+    ) -> None:
+        gate, told = threading.Event(), list[int]()
+
+        class Slow(JobCheckpoints):
+            def add(self, *given: Any, **named: Any) -> int:
+                gate.wait()
+                return super().add(*given, **named)
+
+        with ThreadPoolExecutor(2) as threads:
+            keeping = self.keeping(Slow(storage, CheckpointSpec(keep=9)), threads, tmp_path, told)
+            for step, wait in ((1, False), (2, False), (3, True)):
+                keeping.send(self.write, {"step": step}, wait=wait)
+            gate.set()
+            keeping.drain()
+        assert told == [1, 3]
+        assert [upload.step for upload in keeping.finished()] == [1, 3]
+        assert not list(tmp_path.glob("tmp*"))
+
+    def test_a_store_that_failed_ends_the_job_at_its_next_checkpoint(
+        self, storage: Storage, tmp_path: Path
+    ) -> None:
+        class Full(JobCheckpoints):
+            def add(self, *_: Any, **__: Any) -> int:
+                raise StorageFull("no space")
+
+        with ThreadPoolExecutor(1) as threads:
+            keeping = self.keeping(Full(storage, CheckpointSpec()), threads, tmp_path, [])
+            keeping.send(self.write, {"step": 1}, wait=False)
+            keeping.drain()
+            with pytest.raises(StorageError, match="no space"):
+                keeping.send(self.write, {"step": 2}, wait=False)
