@@ -13,6 +13,7 @@ import ray.exceptions
 import ray.train
 from ray._private.state import state as cluster_state
 from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
@@ -277,9 +278,10 @@ def _loss(ended: "Future[ray.train.Result]") -> tuple[bool, str | None]:
         returned = ended.result().return_value
     except PreemptionError:
         return True, "its node was taken away"
-    except ControllerError:
-        # It found no room in time; another may.
-        return True, None
+    except ControllerError as error:
+        # One that found no room in time was never there; another may find some.
+        waited = isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+        return False, None if waited else cause(error)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         return _preempted(error), cause(error)
     if isinstance(returned, RunHeld):

@@ -38,6 +38,7 @@ SETTINGS_FILE = "settings.json"
 _POLL_S = 0.2
 _SNAPSHOT_EVERY_S = 5.0
 _CLOSE_S = 15.0
+_LEAVE_S = 3.0
 _READERS = 16
 
 
@@ -253,9 +254,12 @@ def _follow(desk: Any, lanes: Lanes, most: int, lease: Lease, story: Story, snap
             lanes.start(min(most, news.counts.get("queued", 0) + news.counts.get("leased", 0)))
         lanes.tell_waiting(joined=story.lanes_joined > 0)
         time.sleep(_POLL_S)
-    if story.lanes_joined:
-        lanes.wait(_CLOSE_S)
-    story.take(ray.get(desk.news.remote()))
+    give_up_at = time.monotonic() + _CLOSE_S
+    while story.at_work and time.monotonic() < give_up_at:
+        time.sleep(_POLL_S)
+        story.take(ray.get(desk.news.remote()))
+    # Those that still wait for room end by themselves.
+    lanes.wait(_LEAVE_S)
 
 
 def _threads(home: Storage, threads: int) -> int:

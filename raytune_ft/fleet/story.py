@@ -14,6 +14,8 @@ from raytune_ft.fleet.events import (
     JobFailed,
     JobOutcome,
     JobStepped,
+    LaneEnded,
+    LaneLost,
     LaneStarted,
     Notice,
     PlannedJob,
@@ -41,6 +43,8 @@ class Story:
         self._progress_at = 0.0
         self.lanes_joined = 0
         """Lanes that had a place in the cluster so far."""
+        self.at_work: set[str] = set()
+        """Lanes that are there."""
 
     @property
     def at_s(self) -> float:
@@ -82,6 +86,9 @@ class Story:
                 )
             case LaneStarted():
                 self.lanes_joined += 1
+                self.at_work.add(event.lane)
+            case LaneEnded() | LaneLost():
+                self.at_work.discard(event.lane)
             case _:
                 pass
         if not isinstance(event, JobStepped | Progress):
