@@ -1,11 +1,13 @@
 """Base models and tokenizers from a folder, a bucket or the Hub. Weights come from safetensors only."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,13 +93,26 @@ def _from_bucket(uri: str, weights: bool) -> Path:
     root = Path(os.environ.get("RAYTUNE_CACHE", "~/.cache/raytune_ft")).expanduser()
     cache = root / "models" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
-    for found in objects:
-        target = cache / found.key
-        if found.key.endswith(_wanted(weights)) and not target.is_file():
-            partial = cache / f".{found.key}.{os.getpid()}"
-            storage.download(found.key, partial)
-            partial.replace(target)
+    with _alone(cache):
+        for partial in cache.glob(".*.partial"):
+            # Whoever wrote it has ended: it would hold the lock.
+            partial.unlink()
+        for found in objects:
+            target = cache / found.key
+            if found.key.endswith(_wanted(weights)) and not target.is_file():
+                partial = cache / f".{found.key}.partial"
+                storage.download(found.key, partial)
+                partial.replace(target)
     return cache
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process of this machine does the same: all workers of a node want one base at once."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        # The system gives it back when the process ends, however that may be.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _from_hub(name: str, weights: bool) -> Path:
@@ -126,12 +141,14 @@ def read_facts(folder: Path) -> ModelFacts:
     """
     place = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(place.read_bytes())
-    except ValueError as error:
+        config = json.loads(place.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{place}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{place}: not a model's config: holds a {type(config).__name__}, not an object")
     try:
         return ModelFacts.from_config(config, str(place))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"{place}: not a model's config: {error}") from None
 
 
@@ -200,7 +217,7 @@ def load_base(
 
     Args:
         spec: the model section of the job.
-        device: where it is to be resident; None where a context around the call says so.
+        device: where it is to be resident; None where a context around the call divides it.
         dequantised: hold a 4-bit base as the plain values of its quantised weights.
 
     Raises:
@@ -221,6 +238,8 @@ def load_base(
     try:
         config: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
         _check_classes(spec, config)
+        if device is None:
+            _check_head(spec, config)
         # A classifier's head begins at random: with the same numbers on all workers.
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -329,6 +348,18 @@ def _check_classes(spec: ModelSpec, config: Mapping[str, Any]) -> None:
         raise ModelError(
             f"model.path = {spec.path}: is a classifier with the classes {', '.join(own)}, and model.labels "
             f"names {', '.join(spec.labels)}; name its own in their order, or take the base it was made of"
+        )
+
+
+def _check_head(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    """Refuse a head that a new one of another size would replace: transformers cannot, while it divides."""
+    (architecture, *_) = config.get("architectures") or [""]
+    classes = len(config.get("id2label") or ()) or int(config.get("num_labels", 2))
+    if architecture.endswith(_CLASSIFIER) and spec.labels and classes != len(spec.labels):
+        raise ModelError(
+            f"model.path = {spec.path}: is a classifier of {classes} classes, and model.labels names "
+            f"{len(spec.labels)}; cluster.zero_stage = 3 cannot give it another head: use 1 or 2, or take "
+            "the base it was made of"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything is imported that reads them: nothing of the person who runs the tests may leak in.
-for _name in [name for name in os.environ if name.startswith(("AWS_", "RAYTUNE_"))]:
+for _name in [name for name in os.environ if name.startswith(("AWS_", "RAYTUNE_", "RAY_ADDRESS"))]:
     del os.environ[_name]
 _HOME = tempfile.TemporaryDirectory(prefix="raytune-ft-home-", ignore_cleanup_errors=True)
 os.environ |= {

@@ -119,7 +119,7 @@ def plan(
     job_file: JobFile,
     override: Override = [],  # noqa: B006  typer copies it
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a worker's device, such as 24GiB.")
+        str | None, typer.Option(metavar="SIZE", help="Of a worker, such as 24GiB; else as in the cluster.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,6 +70,7 @@ class BankEngine:
         *,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         unfreezing: Unfreezing | None = None,
         peers: Peers = Peers(),
     ) -> None:
@@ -83,7 +86,7 @@ class BankEngine:
             for name, p in self.parameters.items()
         }
         self.optimizer = make_optimizer(list(self.masters.values()), optimizer)
-        self._forward = forward_of(model)
+        self._forward = forward_of(model, compiled=compiled)
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
 
@@ -181,16 +184,23 @@ class BankEngine:
         """See `Engine.load`.
 
         Raises:
-            ModelError: the checkpoint is of another model or method.
+            ModelError: the checkpoint is damaged, or of another model or method.
         """
-        tensors = load_file(folder / _WEIGHTS)
+        try:
+            tensors = load_file(folder / _WEIGHTS)
+            state = torch.load(folder / _OPTIMIZER, map_location=self.device, weights_only=True)
+        except (FileNotFoundError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
+            (reason, *_) = str(error).splitlines() or [""]
+            raise ModelError(
+                f"{folder}: the checkpoint is cut short or damaged ({reason[:200]}); "
+                "restore its files, or start over with --restart"
+            ) from None
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.masters.items()}:
             raise ModelError("the checkpoint is of another model or method; --restart starts over")
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[name])
                 self.parameters[name].copy_(tensors[name])
-        state = torch.load(folder / _OPTIMIZER, map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
 
     def peak_memory_bytes(self) -> int:

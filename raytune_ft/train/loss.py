@@ -29,7 +29,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = [p for p in parameters if p.requires_grad]
         gradient_ND = torch.empty_like(hidden_ND)
-        gradients = [torch.zeros_like(p) for p in wanted]
+        # In bfloat16 each chunk would round the sum again.
+        gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         sums_G = torch.zeros(scale_G.shape, dtype=torch.float32, device=hidden_ND.device)
         # The largest scale is taken out and multiplied in at the end: equal scales leave ones, and with them
         # the bits of an unscaled sum.
@@ -50,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total += part
             sums_G += chunk_sums_G
         ctx.save_for_backward(largest, gradient_ND, *gradients)
-        ctx.wanted = [p.requires_grad for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
+        ctx.dtypes = [p.dtype if p.requires_grad else None for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
         ctx.mark_non_differentiable(sums_G)
         return (sums_G * scale_G).sum(), sums_G
 
@@ -60,10 +61,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = largest * outputs[0]
         unscaled = iter(gradients)
         heads = [
-            next(unscaled) * scale if wanted else None
-            for wanted in ctx.wanted  # type: ignore[attr-defined]
+            _scaled(next(unscaled), scale, dtype) if dtype else None
+            for dtype in ctx.dtypes  # type: ignore[attr-defined]
         ]
         return (gradient_ND * scale, None, None, None, None, None, *heads)
+
+
+def _scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a copy between: a head is large."""
+    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
 
 
 def _chunk(

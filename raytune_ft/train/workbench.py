@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment
 from raytune_ft.train.bank import BankEngine
 from raytune_ft.train.batch import Layout
-from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.forward import arrangement_of
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
@@ -91,6 +91,7 @@ def _bank(
         job.optimizer,
         seed=job.data.seed,
         gradient_checkpointing=job.model.gradient_checkpointing,
+        compiled=job.model.compile,
         unfreezing=method.unfreezing(model, job.method),
         peers=peers,
     )
@@ -122,6 +123,7 @@ def _sharded(
         device=device,
         seed=job.data.seed,
         gradient_checkpointing=job.model.gradient_checkpointing,
+        compiled=job.model.compile,
         peers=peers,
     )
     return model, engine
@@ -143,15 +145,19 @@ def _position(
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
     kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
-    if kept and kept.workers == peers.count:
-        return kept
-    placement = assignment.placement
+    job, placement = assignment.job, assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
+    # All workers ask together, and so agree on what follows.
     memory_bytes = int(peers.smallest(_memory_bytes(device) // shared))
-    choice = choose(assignment.job, read_facts(folder), memory_bytes)
-    if kept:
-        return replace(kept, choice=choice, threads=placement.threads, workers=peers.count)
-    return Position(0, fingerprint, digest, choice, placement.threads, peers.count)
+    if kept and choice_holds(kept, job, workers=peers.count, device_bytes=memory_bytes):
+        return kept
+    made: dict[str, Any] = {
+        "choice": choose(job, read_facts(folder), memory_bytes),
+        "threads": placement.threads,
+        "workers": peers.count,
+        "chosen_for": memory_settings(job),
+    }
+    return replace(kept, **made) if kept else Position(0, fingerprint, digest, **made)
 
 
 def _device(use_gpu: bool) -> torch.device:

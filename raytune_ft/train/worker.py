@@ -73,7 +73,7 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
         return _assess(job, data, bench, test if tested else None, others)
 
     with _latest_checkpoint() as checkpoint:
-        bench = set_up(_as_it_runs(assignment, peers), checkpoint, peers)
+        bench = set_up(assignment, checkpoint, peers)
         position = bench.position
         how = {**job.evaluate.model_dump(mode="json"), "other_tasks": _fingerprint(data)}
         # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
@@ -115,12 +115,6 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     )
     samples = _samples(job, test, bench.tokenizer, position.before, after)
     return Outcome(result, position.history, samples, library_versions(), machine(), counts, list(ledger.bad))
-
-
-def _as_it_runs(assignment: Assignment, peers: Peers) -> Assignment:
-    """With the number of workers that there are now: an elastic run has another after a restart."""
-    cluster = assignment.job.cluster.model_copy(update={"workers": peers.count})
-    return replace(assignment, job=assignment.job.model_copy(update={"cluster": cluster}))
 
 
 def _held_out(data: TrainingData | None) -> tuple[Examples, Examples, Examples]:
