@@ -206,8 +206,8 @@ def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> list[lis
                 lay_out(folder)
             runs.append(run(variant, folder))
         rounds.append(runs)
-    if (difference := loss_difference(rounds[0])) > _LOSS_TOLERANCE:
-        raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
+        if (difference := loss_difference(runs)) > _LOSS_TOLERANCE:
+            raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
     return rounds
 
 
