@@ -269,9 +269,9 @@ def main() -> None:
         "--peer-python", required=True, help="python of the environment with TRL and DeepSpeed"
     )
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sequences", type=int, default=32, help="examples of a step")
-    parser.add_argument("--checkpoint-every", type=int, default=8, help="steps; four checkpoints are kept")
+    parser.add_argument("--checkpoint-every", type=int, default=6, help="steps; four checkpoints are kept")
     parser.add_argument("--write", type=Path, help="the page whose tables to replace")
     parser.add_argument("--results", type=Path, help="folder for sharded.json")
     arguments = parser.parse_args()
