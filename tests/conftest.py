@@ -33,8 +33,10 @@ from raytune_ft.storage import Storage, open_storage  # noqa: E402
 
 SMALL_DISK_BYTES = 1 << 20
 
-# No example is too slow: how long one takes is the machine's affair.
-settings.register_profile("any machine", deadline=None)
+# No example is too slow: how long one takes is the machine's affair. A commit's tests have one result, so the
+# examples are always the same; `--hypothesis-profile search` looks for new ones.
+settings.register_profile("any machine", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("any machine")
 
 

@@ -44,6 +44,8 @@ KEPT_BYTES = 64 << 20
 """Contents of a sample that stay on the cluster: its windows may be whole objects, and there may be many."""
 _DIVIDED_HERE = 16
 """Up to so many objects it takes longer to start tasks than to divide them."""
+_READ_HERE = 16
+"""Up to so many windows, of SAMPLE_BYTES together, it takes longer to start tasks than to read them."""
 _OBJECTS_PER_TASK = 64
 
 
@@ -201,7 +203,7 @@ def read_other_tasks(
         reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None, job.model.labels)
         windows = divide_all(reader)
         chosen = surveyed(windows, seed=0)
-        found = [decode(content) for _, content in stream_windows([windows[at] for at in chosen], reader)]
+        found = [decode(content) for _, content in _contents([windows[at] for at in chosen], reader)]
         reports = {number: window.report for number, window in zip(chosen, found, strict=True)}
         survey = Survey(windows, reports)
         examples = pa.concat_tables([SCHEMA.empty_table(), *(window.table for window in found)])
@@ -334,7 +336,7 @@ def _read(
     reports: dict[int, WindowReport] = {}
     kept_bytes = 0
     complete = len(chosen) == len(windows)
-    for place, content in stream_windows([windows[number] for number in chosen], reader):
+    for place, content in _contents([windows[number] for number in chosen], reader):
         number = chosen[place]
         reports[number] = decode(content).report
         if complete or kept_bytes + content.size <= KEPT_BYTES:
@@ -342,6 +344,13 @@ def _read(
             contents[number] = ray.put(content)
             kept_bytes += content.size
     return contents, reports
+
+
+def _contents(windows: Sequence[Window], reader: WindowReader) -> Iterator[tuple[int, pa.Buffer]]:
+    """As `stream_windows`; what is soon read is read by this process."""
+    if len(windows) > _READ_HERE or sum(window.size_bytes for window in windows) > SAMPLE_BYTES:
+        return stream_windows(windows, reader)
+    return ((place, pa.py_buffer(reader.read(window))) for place, window in enumerate(windows))
 
 
 def _template(reports: Sequence[WindowReport]) -> str:
