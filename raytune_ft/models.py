@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from raytune_ft.classes import check_classes, check_head, classes_config
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
 from raytune_ft.spec import ModelSpec
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 Task = Literal["causal", "seq2seq", "classification"]
 """What a model does: continue a text, answer a text that an encoder read, or name the class of a text."""
 
-_ANSWERLESS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
-"""How architectures end that give no text. `AutoModelForCausalLM` would take some of them all the same."""
-_CLASSIFIER = "ForSequenceClassification"
 _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
@@ -237,9 +234,9 @@ def load_base(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         config: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
-        _check_classes(spec, config)
+        check_classes(spec, config)
         if device is None:
-            _check_head(spec, config)
+            check_head(spec, config)
         # A classifier's head begins at random: with the same numbers on all workers.
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -252,7 +249,7 @@ def load_base(
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **_classes(spec),
+                **classes_config(spec),
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
@@ -316,51 +313,6 @@ def _auto_model(spec: ModelSpec, config: Mapping[str, Any]) -> Any:
     if spec.labels:
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
-
-
-def _classes(spec: ModelSpec) -> dict[str, Any]:
-    """What the config of a classifier says of its classes."""
-    if not spec.labels:
-        return {}
-    return {
-        "num_labels": len(spec.labels),
-        "id2label": dict(enumerate(spec.labels)),
-        "label2id": {label: at for at, label in enumerate(spec.labels)},
-    }
-
-
-def _check_classes(spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Refuse a base that gives no text where text is asked for, and one whose classes are others."""
-    (architecture, *_) = config.get("architectures") or [""]
-    if not spec.labels and architecture.endswith(_ANSWERLESS):
-        raise ModelError(
-            f"model.path = {spec.path}: a {architecture} gives no text; to train a classifier, name its "
-            "classes in model.labels"
-        )
-    own = list((config.get("id2label") or {}).values())
-    named = any(not re.fullmatch(r"LABEL_[0-9]+", name) for name in own)
-    if (
-        named
-        and architecture.endswith(_CLASSIFIER)
-        and len(own) == len(spec.labels)
-        and own != [*spec.labels]
-    ):
-        raise ModelError(
-            f"model.path = {spec.path}: is a classifier with the classes {', '.join(own)}, and model.labels "
-            f"names {', '.join(spec.labels)}; name its own in their order, or take the base it was made of"
-        )
-
-
-def _check_head(spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Refuse a head that a new one of another size would replace: transformers cannot, while it divides."""
-    (architecture, *_) = config.get("architectures") or [""]
-    classes = len(config.get("id2label") or ()) or int(config.get("num_labels", 2))
-    if architecture.endswith(_CLASSIFIER) and spec.labels and classes != len(spec.labels):
-        raise ModelError(
-            f"model.path = {spec.path}: is a classifier of {classes} classes, and model.labels names "
-            f"{len(spec.labels)}; cluster.zero_stage = 3 cannot give it another head: use 1 or 2, or take "
-            "the base it was made of"
-        )
 
 
 def _quantisation(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any | None:
