@@ -40,7 +40,7 @@ test-local:
 
 chaos: install
 	tests/ceph/install.sh
-	$(BIN)/pytest -m chaos
+	$(BIN)/pytest -m 'slow and not gpu'
 
 # Rewrites the losses that tests/unit/test_golden.py compares with; review the diff.
 golden: install

@@ -1,4 +1,4 @@
-"""What every benchmark trains on: a 61M Llama with a vocabulary of 50,257, and 200 short instructions."""
+"""What every benchmark trains on: a 61M Llama with a vocabulary of 50,257, and short instructions."""
 
 import argparse
 import json
@@ -67,11 +67,13 @@ def main() -> None:
     """Write base and data into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True)
-    folder: Path = parser.parse_args().to
+    parser.add_argument("--examples", type=int, default=200)
+    arguments = parser.parse_args()
+    folder: Path = arguments.to
     model = base()
     model.save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
-    lines = (json.dumps(pair) for pair in sentence_pairs(200))
+    lines = (json.dumps(pair) for pair in sentence_pairs(arguments.examples))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 _SAMPLE_INTERVAL_S = 1.0
+"""Each look costs the more the more memory is held: some milliseconds for each gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,20 @@ class Measurement:
         }
 
 
-def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> Measurement:
+def measure(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    interval_s: float = _SAMPLE_INTERVAL_S,
+) -> Measurement:
     """Run to the end and measure.
+
+    Args:
+        command: what to run.
+        cwd: where.
+        environment: all of its variables.
+        interval_s: from one look at the memory to the next.
 
     Raises:
         RuntimeError: the command failed; with the end of its output.
@@ -45,7 +58,7 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
         process = subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        sampler = _Sampler(process.pid)
+        sampler = _Sampler(process.pid, interval_s)
         sampler.start()
         stdout, _ = process.communicate()
         seconds = time.perf_counter() - began
@@ -57,17 +70,18 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
 
 
 class _Sampler(threading.Thread):
-    """Sums the memory of a process tree, again and again; each look costs some milliseconds a process."""
+    """Sums the memory of a process tree, again and again."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, interval_s: float) -> None:
         super().__init__(daemon=True)
+        self._interval_s = interval_s
         self._root = psutil.Process(pid)
         self._done = threading.Event()
         self.peak_bytes = 0
         self.largest_bytes = 0
 
     def run(self) -> None:
-        while not self._done.wait(_SAMPLE_INTERVAL_S):
+        while not self._done.wait(self._interval_s):
             sizes = [_pss(process) for process in self._tree()]
             self.peak_bytes = max(self.peak_bytes, sum(sizes))
             self.largest_bytes = max([self.largest_bytes, *sizes])

@@ -6,12 +6,12 @@ cd "$(dirname "$0")/.."
 bin=$(realpath -s "$1")
 peer=.venv-peer streaming=.venv-streaming mlflow=.venv-mlflow
 
-if [ ! -f "$peer/.installed" ]; then
+if [ ! -f "$peer/.complete" ]; then
     python3 -m venv "$peer"
     "$peer/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
     "$peer/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt \
-        trl==1.16.0 peft bitsandbytes transformers accelerate datasets==5.2.0
-    touch "$peer/.installed"
+        trl==1.16.0 peft bitsandbytes transformers accelerate datasets==5.2.0 deepspeed
+    touch "$peer/.complete"
 fi
 # It refuses this project's numpy and tokenizers.
 if [ ! -f "$streaming/.installed" ]; then
@@ -34,3 +34,4 @@ peer_python=(--peer-python "$PWD/$peer/bin/python")
 "$bin/python" benchmarks/data_stream.py "${write[@]}"
 "$bin/python" benchmarks/catalog.py --mlflow-python "$PWD/$mlflow/bin/python" "${write[@]}"
 "$bin/python" benchmarks/job_vs_trl.py "${peer_python[@]}" --repeats 2 "${write[@]}"
+"$bin/python" benchmarks/sharded.py "${peer_python[@]}" --repeats 2 "${write[@]}"

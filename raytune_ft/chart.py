@@ -174,12 +174,15 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     >>> nice_ticks(0, 0.93)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    span = next((size for size in (high - low, abs(high)) if size > _LEAST), 1.0)
-    power = 10 ** math.floor(math.log10(span / most))
+    largest = max(abs(low), abs(high))
+    # Values that differ in their last binary digits only are one value.
+    span = high - low if high - low > max(_LEAST, 1e-12 * largest) else largest if largest > _LEAST else 1.0
+    exponent = math.floor(math.log10(span / most))
+    power = 10.0**exponent
     distance = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor * most >= span)
     first, last = math.floor(low / distance), math.ceil(high / distance)
     # Rounded, since 3 × 0.2 is not 0.6 in binary.
-    return [float(f"{number * distance:.12g}") for number in range(first, max(last, first + 1) + 1)]
+    return [round(number * distance, -exponent) for number in range(first, max(last, first + 1) + 1)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -1,17 +1,19 @@
 """Base models and tokenizers from a folder, a bucket or the Hub. Weights come from safetensors only."""
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from raytune_ft.classes import check_classes, check_head, classes_config
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
 from raytune_ft.spec import ModelSpec
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 Task = Literal["causal", "seq2seq", "classification"]
 """What a model does: continue a text, answer a text that an encoder read, or name the class of a text."""
 
-_ANSWERLESS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification")
-"""How architectures end that give no text. `AutoModelForCausalLM` would take some of them all the same."""
-_CLASSIFIER = "ForSequenceClassification"
 _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
@@ -91,13 +90,26 @@ def _from_bucket(uri: str, weights: bool) -> Path:
     root = Path(os.environ.get("RAYTUNE_CACHE", "~/.cache/raytune_ft")).expanduser()
     cache = root / "models" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
-    for found in objects:
-        target = cache / found.key
-        if found.key.endswith(_wanted(weights)) and not target.is_file():
-            partial = cache / f".{found.key}.{os.getpid()}"
-            storage.download(found.key, partial)
-            partial.replace(target)
+    with _alone(cache):
+        for partial in cache.glob(".*.partial"):
+            # Whoever wrote it has ended: it would hold the lock.
+            partial.unlink()
+        for found in objects:
+            target = cache / found.key
+            if found.key.endswith(_wanted(weights)) and not target.is_file():
+                partial = cache / f".{found.key}.partial"
+                storage.download(found.key, partial)
+                partial.replace(target)
     return cache
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process of this machine does the same: all workers of a node want one base at once."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        # The system gives it back when the process ends, however that may be.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _from_hub(name: str, weights: bool) -> Path:
@@ -126,12 +138,14 @@ def read_facts(folder: Path) -> ModelFacts:
     """
     place = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(place.read_bytes())
-    except ValueError as error:
+        config = json.loads(place.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{place}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{place}: not a model's config: holds a {type(config).__name__}, not an object")
     try:
         return ModelFacts.from_config(config, str(place))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"{place}: not a model's config: {error}") from None
 
 
@@ -200,7 +214,7 @@ def load_base(
 
     Args:
         spec: the model section of the job.
-        device: where it is to be resident; None where a context around the call says so.
+        device: where it is to be resident; None where a context around the call divides it.
         dequantised: hold a 4-bit base as the plain values of its quantised weights.
 
     Raises:
@@ -220,7 +234,9 @@ def load_base(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         config: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
-        _check_classes(spec, config)
+        check_classes(spec, config)
+        if device is None:
+            check_head(spec, config)
         # A classifier's head begins at random: with the same numbers on all workers.
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -233,7 +249,7 @@ def load_base(
                 trust_remote_code=spec.trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **_classes(spec),
+                **classes_config(spec),
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
@@ -297,39 +313,6 @@ def _auto_model(spec: ModelSpec, config: Mapping[str, Any]) -> Any:
     if spec.labels:
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
-
-
-def _classes(spec: ModelSpec) -> dict[str, Any]:
-    """What the config of a classifier says of its classes."""
-    if not spec.labels:
-        return {}
-    return {
-        "num_labels": len(spec.labels),
-        "id2label": dict(enumerate(spec.labels)),
-        "label2id": {label: at for at, label in enumerate(spec.labels)},
-    }
-
-
-def _check_classes(spec: ModelSpec, config: Mapping[str, Any]) -> None:
-    """Refuse a base that gives no text where text is asked for, and one whose classes are others."""
-    (architecture, *_) = config.get("architectures") or [""]
-    if not spec.labels and architecture.endswith(_ANSWERLESS):
-        raise ModelError(
-            f"model.path = {spec.path}: a {architecture} gives no text; to train a classifier, name its "
-            "classes in model.labels"
-        )
-    own = list((config.get("id2label") or {}).values())
-    named = any(not re.fullmatch(r"LABEL_[0-9]+", name) for name in own)
-    if (
-        named
-        and architecture.endswith(_CLASSIFIER)
-        and len(own) == len(spec.labels)
-        and own != [*spec.labels]
-    ):
-        raise ModelError(
-            f"model.path = {spec.path}: is a classifier with the classes {', '.join(own)}, and model.labels "
-            f"names {', '.join(spec.labels)}; name its own in their order, or take the base it was made of"
-        )
 
 
 def _quantisation(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any | None:

@@ -13,6 +13,11 @@ def whole_shape(parameter: torch.Tensor) -> list[int]:
     return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether the workers divide weights of the model among themselves (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def compute_dtype(spec: ModelSpec) -> torch.dtype:
     """Type of activations, and of weights that are not quantised."""
     return torch.float32 if spec.weight_bits == 32 else torch.bfloat16

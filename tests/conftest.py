@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything is imported that reads them: nothing of the person who runs the tests may leak in.
-for _name in [name for name in os.environ if name.startswith(("AWS_", "RAYTUNE_"))]:
+for _name in [name for name in os.environ if name.startswith(("AWS_", "RAYTUNE_", "RAY_ADDRESS"))]:
     del os.environ[_name]
 _HOME = tempfile.TemporaryDirectory(prefix="raytune-ft-home-", ignore_cleanup_errors=True)
 os.environ |= {
@@ -33,8 +33,10 @@ from raytune_ft.storage import Storage, open_storage  # noqa: E402
 
 SMALL_DISK_BYTES = 1 << 20
 
-# No example is too slow: how long one takes is the machine's affair.
-settings.register_profile("any machine", deadline=None)
+# No example is too slow: how long one takes is the machine's affair. A commit's tests have one result, so the
+# examples are always the same; `--hypothesis-profile search` looks for new ones.
+settings.register_profile("any machine", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("any machine")
 
 

@@ -1,7 +1,6 @@
 """DeepSpeed engines of tiny models, in groups of real processes over gloo."""
 
 import gc
-import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import FullSpec, LoraSpec
+from raytune_ft.train.sharded import join_group
 
 Names = dict[str, nn.Parameter]
 METHOD_SPECS = {"full": FullSpec(), "lora": LoraSpec(rank=3, alpha=8)}
@@ -33,17 +33,12 @@ def run_group(work: Callable[[int, int, str], None], world: int, folder: Path) -
 
 def join(rank: int, world: int, folder: str) -> None:
     """Make this process one of its group."""
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # It would be compiled first, and serves inference only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed collects garbage often, and all that was imported would be looked at each time.
     gc.freeze()
     dist.init_process_group("gloo", init_method=f"file://{folder}/group{world}", rank=rank, world_size=world)
+    join_group(torch.device("cpu"))
 
 
 def _config(stage: int, dtype: str, *, offload: bool) -> dict[str, Any]:
@@ -60,7 +55,7 @@ def _config(stage: int, dtype: str, *, offload: bool) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload and stage == 3:
         zero["offload_param"] = {"device": "cpu"}
-    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32" if stage else "bf16"}}
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -97,14 +92,12 @@ def new_engine(
     return engine, names
 
 
-def train(engine: Any, steps: Iterable[int], *, without: nn.Parameter | None = None) -> None:
-    """Steps of this rank's own tokens; the gradient of `without` is lost before every update."""
+def train(engine: Any, steps: Iterable[int]) -> None:
+    """Steps of this rank's own tokens."""
     for step in steps:
         draw = torch.Generator().manual_seed(100 * step + dist.get_rank())
         tokens = torch.randint(3, 97, (1, 12), generator=draw)
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        if without is not None:
-            without.grad = None
         engine.step()
 
 

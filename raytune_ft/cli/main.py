@@ -154,7 +154,7 @@ def plan(
     file: JobOrFleetFile,
     override: Override = [],  # noqa: B006  typer copies it
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a worker's device, such as 24GiB.")
+        str | None, typer.Option(metavar="SIZE", help="Of a worker, such as 24GiB; else as in the cluster.")
     ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Of a fleet: how long it takes on 1 to 64 GPUs.")

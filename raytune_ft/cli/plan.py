@@ -1,6 +1,7 @@
 """`raytune-ft plan`: what a job needs in bytes, from the model's config alone, and what fits."""
 
 import json
+import os
 import re
 from typing import Any
 
@@ -37,18 +38,19 @@ _PLAIN_WIDTH = 110
 def plan_command(job: JobSpec, gpu_memory: str | None, as_json: bool) -> None:
     """Print the bytes of a worker for every stage and offload, what fits, and what to choose.
 
-    Reads the model's config and nothing else: no weights, no data, no Ray.
+    Reads the model's config: no weights, no data. A cluster is asked for its GPUs alone.
 
     Args:
         job: the job.
-        gpu_memory: memory of a worker's device, such as `24GiB`; None: print the bytes alone.
+        gpu_memory: memory of a worker's device, such as `24GiB`; None: of the smallest GPU of the cluster
+            that `RAY_ADDRESS` names. Where there is none, the bytes are printed alone.
         as_json: print one JSON object instead.
 
     Raises:
-        SpecError: `gpu_memory` is no size.
+        SpecError: `gpu_memory` is no size, or the cluster does not say what its GPUs have.
         ModelError: there is no such model, or the job does not fit; raised after the bytes are printed.
     """
-    device_bytes = None if gpu_memory is None else parse_size(gpu_memory)
+    device_bytes = _cluster_bytes(job) if gpu_memory is None else parse_size(gpu_memory)
     facts = facts_at(job.model.path)
     check_max_tokens(job, facts)
     found = options(job, facts, device_bytes)
@@ -73,11 +75,28 @@ def parse_size(text: str) -> int:
     Raises:
         SpecError: it is no size above zero.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*", text)
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
     if size <= 0:
-        raise SpecError(f"--gpu-memory {text}: write a number above 0 and a unit, such as 24GiB or 80GB")
+        raise SpecError(f"--gpu-memory {text:.60}: write a number above 0 and a unit, such as 24GiB or 80GB")
     return size
+
+
+def _cluster_bytes(job: JobSpec) -> int | None:
+    """Memory of the cluster's smallest GPU; None without a cluster, and for a job that computes on CPU."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or job.cluster.device == "cpu":
+        return None
+    from raytune_ft.train.devices import smallest_gpu_bytes
+
+    found = smallest_gpu_bytes()
+    # A job that may take a GPU or not is planned without one where none is there.
+    if found is None and job.cluster.device == "gpu":
+        raise SpecError(
+            f"RAY_ADDRESS = {address}: the cluster has no GPU that says how much memory it has; give it with "
+            "--gpu-memory, such as 24GiB, or unset RAY_ADDRESS to print the bytes alone"
+        )
+    return found
 
 
 def facts_at(path: str) -> ModelFacts:

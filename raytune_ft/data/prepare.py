@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SURVEY_BYTES = 64 << 20
 """Data up to this size is read as a whole before training, and its contents stay on the cluster."""
 HERE_BYTES = 4 << 20
-"""Who reads in its own process does so up to this size: starting tasks takes longer."""
+"""A process that trains meanwhile reads data up to this size itself: starting tasks takes longer."""
 SAMPLE_BYTES = POOL_WINDOWS * WINDOW_BYTES
 """About how much of larger data is read before training; of each source at least a window."""
 SAMPLE_WINDOWS = 256
@@ -46,6 +46,8 @@ KEPT_BYTES = 64 << 20
 """Contents of a sample that stay on the cluster: its windows may be whole objects, and there may be many."""
 _DIVIDED_HERE = 16
 """Up to so many objects it takes longer to start tasks than to divide them."""
+_READ_HERE = 16
+"""Up to so many windows, of SAMPLE_BYTES together, it takes longer to start tasks than to read them."""
 _OBJECTS_PER_TASK = 64
 
 
@@ -118,7 +120,8 @@ def prepare(
         quarantine: file for the malformed records, written where there are any.
         tokenizer: the base's, or what was made of it; loaded here where it is not given.
         cache: keep tokenised windows beside the catalog, and take them from there.
-        here: read data of at most HERE_BYTES in this process and keep it there, without tasks on the cluster.
+        here: this process trains meanwhile: it reads data of at most HERE_BYTES itself, keeps it to itself,
+            and leaves all else to tasks.
 
     Raises:
         DataError: a source is missing, empty or unreadable, too many records are malformed, or nothing is
@@ -133,7 +136,7 @@ def prepare(
     reader = WindowReader(objects, job.data, encoder, _cache_uri(job) if cache else None, job.model.labels)
     windows = divide_all(reader)
     chosen = surveyed(windows, job.data.seed)
-    contents, reports = _read(windows, chosen, reader, here=here and _is_small(windows, chosen))
+    contents, reports = _read(windows, chosen, reader, here=here)
     survey = Survey(windows, reports)
     bad = tuple(record for report in survey.read() for record in report.bad)[:KEPT_BAD_RECORDS]
     if bad and quarantine is not None:
@@ -221,7 +224,7 @@ def read_other_tasks(
         reader = WindowReader(objects, data, encoder, _cache_uri(job) if cache else None, job.model.labels)
         windows = divide_all(reader)
         chosen = surveyed(windows, seed=0)
-        opened = _open([windows[at] for at in chosen], reader, here=here and _is_small(windows, chosen))
+        opened = _contents([windows[at] for at in chosen], reader, here=here)
         found = [decode(content) for _, content in opened]
         reports = {number: window.report for number, window in zip(chosen, found, strict=True)}
         survey = Survey(windows, reports)
@@ -351,17 +354,6 @@ def _divide_remotely(numbers: Sequence[int], reader: WindowReader) -> list[Windo
         return error
 
 
-def _is_small(windows: Sequence[Window], chosen: Sequence[int]) -> bool:
-    return sum(windows[number].size_bytes for number in chosen) <= HERE_BYTES
-
-
-def _open(windows: Sequence[Window], reader: WindowReader, *, here: bool) -> Contents:
-    """Places and contents of windows, read in this process or by tasks."""
-    if not here:
-        return stream_windows(windows, reader)
-    return ((place, pa.py_buffer(reader.read(window))) for place, window in enumerate(windows))
-
-
 def _read(
     windows: Sequence[Window], chosen: Sequence[int], reader: WindowReader, *, here: bool
 ) -> tuple[dict[int, Kept], dict[int, WindowReport]]:
@@ -370,14 +362,28 @@ def _read(
     reports: dict[int, WindowReport] = {}
     kept_bytes = 0
     complete = len(chosen) == len(windows)
-    for place, content in _open([windows[number] for number in chosen], reader, here=here):
+    wanted = [windows[number] for number in chosen]
+    stays = here and _size_bytes(wanted) <= HERE_BYTES
+    for place, content in _contents(wanted, reader, here=here):
         number = chosen[place]
         reports[number] = decode(content).report
         if complete or kept_bytes + content.size <= KEPT_BYTES:
             # A copy of its own, since the execution's goes away with it.
-            contents[number] = content if here else ray.put(content)
+            contents[number] = content if stays else ray.put(content)
             kept_bytes += content.size
     return contents, reports
+
+
+def _size_bytes(windows: Iterable[Window]) -> int:
+    return sum(window.size_bytes for window in windows)
+
+
+def _contents(windows: Sequence[Window], reader: WindowReader, *, here: bool) -> Contents:
+    """As `stream_windows`; what is soon read is read by this process."""
+    few = here or len(windows) <= _READ_HERE
+    if few and _size_bytes(windows) <= (HERE_BYTES if here else SAMPLE_BYTES):
+        return ((place, pa.py_buffer(reader.read(window))) for place, window in enumerate(windows))
+    return stream_windows(windows, reader)
 
 
 def _template(reports: Sequence[WindowReport]) -> str:

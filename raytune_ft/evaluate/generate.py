@@ -6,8 +6,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from raytune_ft.models import decoder_start_id, question_ids, task_of
+from raytune_ft.quantise import is_divided
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,11 +62,18 @@ def answer(
         settings.max_new_tokens = new_tokens
         inputs = _padded(model, tokenizer, [rows[index] for index in chosen])
         with _no_settings_of_its_own(model):
-            out_BT = model.generate(**inputs, generation_config=settings)
+            # A worker whose answers end sooner still gives its part of the weights to the others.
+            out_BT = model.generate(
+                **inputs, generation_config=settings, synced_gpus=is_divided(model) and _has_peers()
+            )
         # A decoder's answer follows its own first token.
         given = inputs["input_ids"].shape[1] if task == "causal" else 1
         keep(chosen, tokenizer.batch_decode(out_BT[:, given:], skip_special_tokens=True))
     return answers
+
+
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _greedy(

@@ -1,6 +1,6 @@
 """Bytes of one worker, term by term."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from raytune_ft.planner.facts import ModelFacts
 from raytune_ft.planner.sharding import Sharding, bucket_elements, zero_states
@@ -30,7 +30,8 @@ class MemoryPlan:
     activations: int
     logits: int
     workspace: int = 0
-    """What comes and goes: buckets of communication, gathered or dequantised weights, a head's gradient."""
+    """What comes and goes: buckets of communication, gathered or dequantised weights, a head's gradient; or
+    what a base that is loaded whole needs above all of these."""
     host: int = 0
     """In the host's memory instead of the device's."""
 
@@ -115,7 +116,7 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
         if sharding.stage
         else _whole_states(facts, job, resident)
     )
-    return MemoryPlan(
+    training = MemoryPlan(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
@@ -124,6 +125,9 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
         workspace=_workspace(facts, job, sharding, resident),
         host=host,
     )
+    # A quantised base is loaded whole and then divided: before there is anything else on the device.
+    loading = weight_bytes(facts, job.model, resident) if job.model.weight_bits < 16 else 0
+    return replace(training, workspace=training.workspace + max(0, loading - training.total))
 
 
 def _whole_states(facts: ModelFacts, job: JobSpec, resident: str) -> tuple[int, int, int, int]:
@@ -177,13 +181,14 @@ def _differentiated_layers(facts: ModelFacts, job: JobSpec) -> int:
 def _workspace(facts: ModelFacts, job: JobSpec, sharding: Sharding, resident: str) -> int:
     size = compute_bytes(job.model)
     trainable = trainable_parameters(facts, job)
-    # The gradient of the head, and a chunk's part of it.
-    head = 2 * facts.vocabulary * facts.hidden * size if _trains_head(facts, job) else 0
+    # The gradient of the head, added up in float32; a chunk's part of it, or what becomes of it at the end.
+    head = (_MASTER_BYTES + size) * facts.vocabulary * facts.hidden if _trains_head(facts, job) else 0
     packed = job.model.weight_bits == 8 or (job.model.weight_bits == 4 and resident == "packed")
     dequantised = facts.hidden * max(facts.intermediate, facts.attention) * size if packed else 0
     if sharding.stage:
         gathered = min(facts.parameters, _LIVE_PARAMETERS) * size if sharding.stage == 3 else 0
-        return head + dequantised + gathered + _BUCKETS * bucket_elements(trainable) * size
+        # Gradients travel in float32.
+        return head + dequantised + gathered + _BUCKETS * bucket_elements(trainable) * _MASTER_BYTES
     summed = min(_MASTER_BYTES * trainable, _SUM_BYTES) if sharding.workers > 1 else 0
     return head + dequantised + summed
 

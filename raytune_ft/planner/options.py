@@ -1,5 +1,6 @@
 """The configurations that a job could have, and which of them fit a device."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -74,14 +75,28 @@ def alternatives(job: JobSpec, facts: ModelFacts, device_bytes: int) -> list[Opt
     own = [option for option in options(job, facts, device_bytes) if option.fits]
     if own and own[0].sharding.offload == "none":
         return own[:1]
-    workers = 2 * job.cluster.least_workers
-    while workers <= min(_MOST_WORKERS, job.batch.sequences):
-        for candidate in _divided(job, workers):
-            option = option_of(candidate, facts, device_bytes)
-            if option.fits and option.sharding.offload == "none":
-                return [*own[:1], option]
-        workers *= 2
-    return own[:1]
+    counts = _counts_above(job)
+    first = bisect_left(
+        counts, True, key=lambda workers: _without_host(job, facts, device_bytes, workers) is not None
+    )
+    found = _without_host(job, facts, device_bytes, counts[first]) if first < len(counts) else None
+    return [*own[:1], *([found] if found else [])]
+
+
+def _counts_above(job: JobSpec) -> list[int]:
+    """Numbers of workers above the job's own that its batch can be divided among."""
+    sequences, per_worker = job.batch.sequences, job.batch.sequences_per_worker
+    return [
+        workers
+        for workers in range(job.cluster.least_workers + 1, min(_MOST_WORKERS, sequences) + 1)
+        if per_worker == "auto" or sequences % (per_worker * workers) == 0
+    ]
+
+
+def _without_host(job: JobSpec, facts: ModelFacts, device_bytes: int, workers: int) -> Option | None:
+    """The lowest stage by which the job fits on so many workers; with more of them, each holds no more."""
+    divided = (option_of(candidate, facts, device_bytes) for candidate in _divided(job, workers))
+    return next((option for option in divided if option.fits and option.sharding.offload == "none"), None)
 
 
 def _divided(job: JobSpec, workers: int) -> Iterator[JobSpec]:

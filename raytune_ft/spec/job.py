@@ -125,7 +125,7 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -138,6 +138,8 @@ class ModelSpec(Section):
     weights: the same numbers, more memory, no dequantisation in each step. `auto` lets the planner choose."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """Compile the passes of training with `torch.compile`: the first take minutes more, others less time."""
     labels: Annotated[tuple[str, ...], AfterValidator(_check_labels)] = ()
     """The classes that completions name, for a model that classifies, in the order of its outputs; empty: it
     answers with text."""
@@ -463,6 +465,13 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "JobSpec":
+        if self.cluster.most_workers > self.batch.sequences:
+            elastic = self.cluster.elastic
+            name, value = ("elastic", [*elastic]) if elastic else ("workers", self.cluster.workers)
+            raise ValueError(
+                f"cluster.{name} = {value} has more workers than a step has examples, batch.sequences = "
+                f"{self.batch.sequences}; use {self.batch.sequences} workers or fewer"
+            )
         per_worker = self.batch.sequences_per_worker
         if per_worker != "auto" and self.batch.sequences % (per_worker * self.cluster.workers):
             unit = per_worker * self.cluster.workers
@@ -495,6 +504,22 @@ class JobSpec(Section):
             raise ValueError(
                 f"method.unfreeze adds weights while it trains, and cluster.zero_stage = {sharded} divides "
                 "them once; use zero_stage: 0, or remove unfreeze"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> "JobSpec":
+        if not self.model.compile:
+            return self
+        if self.cluster.zero_stage == 3:
+            raise ValueError(
+                "model.compile needs weights that stay where they are, and cluster.zero_stage = 3 gathers "
+                "and releases them; use zero_stage 0, 1 or 2, or compile: false"
+            )
+        if isinstance(self.method, LoraSpec) and self.method.dropout:
+            raise ValueError(
+                f"model.compile cannot draw a mask from the number of the step, and method.dropout = "
+                f"{self.method.dropout:g}; use dropout: 0, or compile: false"
             )
         return self
 

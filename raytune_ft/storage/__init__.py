@@ -78,12 +78,14 @@ def arrow_filesystem(uri: str) -> tuple["pyarrow.fs.FileSystem", str]:
     """File system and path for Ray Train's `storage_filesystem` and `storage_path`.
 
     For S3 this is s3fs, not pyarrow's own client, which gives up in an outage of a few seconds and loses its
-    retries when it is pickled.
+    retries when it is pickled. In a folder a file is replaced as a whole.
     """
     import pyarrow.fs
 
     if not uri.startswith("s3://"):
-        return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
+        from raytune_ft.storage.arrow import WholeFiles
+
+        return WholeFiles(), str(local_path(uri))
     import s3fs
 
     from raytune_ft.storage.s3_requests import config, region

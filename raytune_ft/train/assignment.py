@@ -21,6 +21,9 @@ from raytune_ft.train.placement import Placement
 from raytune_ft.train.progress import record_failure
 from raytune_ft.train.run import RunState
 
+_OWN_FAULTS = (TypeError, ValueError, KeyError, NotImplementedError)
+"""By none of these does a worker notice that another was lost."""
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -106,21 +109,25 @@ def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None
     from raytune_ft.train.worker import run_recipe
 
     assignment = config["assignment"]
-    several = assignment.job.cluster.most_workers > 1
     try:
         return run_recipe(assignment)
     except RaytuneError as error:
-        if not several:
-            return error
-        record_failure(assignment.channel, error)
-        raise
+        return _ended_by(error, assignment)
     except ray.exceptions.RayError:
         # Something was lost beside this worker, such as the node that holds the data: Ray starts anew.
         raise
     except Exception as error:
-        if several:
+        if assignment.job.cluster.most_workers > 1 and not isinstance(error, _OWN_FAULTS):
             # Most likely the loss of another worker, which Ray will hear of.
             raise
         logging.getLogger(__name__).exception("the worker failed")
         reason = str(error).strip().partition("\n")[0][:300]
-        return TrainingError(f"the worker failed: {type(error).__name__}: {reason}")
+        failure = TrainingError(f"the worker failed: {type(error).__name__}: {reason}")
+        return _ended_by(failure, assignment)
+
+
+def _ended_by(error: RaytuneError, assignment: Assignment) -> RaytuneError:
+    if assignment.job.cluster.most_workers == 1:
+        return error
+    record_failure(assignment.channel, error)
+    raise error

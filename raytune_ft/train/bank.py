@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +36,12 @@ class Bank:
     """A base that stays on its device while jobs come and go, each in a slot of its own."""
 
     def __init__(
-        self, model: "PreTrainedModel", *, tokens_per_pass: int = 0, gradient_checkpointing: bool = False
+        self,
+        model: "PreTrainedModel",
+        *,
+        tokens_per_pass: int = 0,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Take over a base.
 
@@ -43,11 +50,12 @@ class Bank:
             tokens_per_pass: most padded tokens of a pass that several jobs share, of a base for which
                 `can_share_passes` holds; 0: each job has passes of its own.
             gradient_checkpointing: recompute activations in the backward pass.
+            compiled: see `forward_of`; each job has passes of its own.
         """
         self.model = model
         self.device = next(model.parameters()).device
         self.tokens_per_pass = tokens_per_pass
-        self._forward = forward_of(model)
+        self._forward = forward_of(model, compiled=compiled)
         self._jobs: dict[int, Method] = {}
         self._spent = False
         self._head_of: BankEngine | None = None
@@ -295,16 +303,23 @@ class BankEngine:
         """See `Engine.load`.
 
         Raises:
-            ModelError: the checkpoint is of another model or method.
+            ModelError: the checkpoint is damaged, or of another model or method.
         """
-        tensors = load_file(folder / _WEIGHTS)
+        try:
+            tensors = load_file(folder / _WEIGHTS)
+            state = torch.load(folder / _OPTIMIZER, map_location=self.base.device, weights_only=True)
+        except (FileNotFoundError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
+            (reason, *_) = str(error).splitlines() or [""]
+            raise ModelError(
+                f"{folder}: the checkpoint is cut short or damaged ({reason[:200]}); "
+                "restore its files, or start over with --restart"
+            ) from None
         if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.masters.items()}:
             raise ModelError("the checkpoint is of another model or method; --restart starts over")
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[name])
                 self.parameters[name].copy_(tensors[name])
-        state = torch.load(folder / _OPTIMIZER, map_location=self.base.device, weights_only=True)
         self.optimizer.load_state_dict(state)
 
     def peak_memory_bytes(self) -> int:

@@ -1,9 +1,9 @@
 """What a run survives, and what it says when it is too much."""
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from raytune_ft.errors import TrainingError
+from raytune_ft.errors import RaytuneError, StorageError, TrainingError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import arrow_filesystem
 from raytune_ft.train.run import Run
@@ -29,17 +29,32 @@ def run_config(job: JobSpec, run: Run) -> RunConfig:
     )
 
 
-def lost(job: JobSpec, error: BaseException) -> TrainingError:
+def lost(job: JobSpec, error: BaseException) -> RaytuneError:
     """Why the run does not survive `error`, by which Ray Train ended it."""
-    if isinstance(error, PreemptionError):
+    if _is_preemption(error):
         return TrainingError(
             f"nodes of the run were taken away more than cluster.max_preemptions = "
             f"{job.cluster.max_preemptions} times; the same command goes on from the last checkpoint"
         )
-    return TrainingError(
-        f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
-        f"the last time: {cause(error)}; the same command goes on from the last checkpoint"
+    if isinstance(error, WorkerGroupError):
+        return TrainingError(
+            f"the worker was lost more than cluster.max_restarts = {job.cluster.max_restarts} times; "
+            f"the last time: {cause(error)}; the same command goes on from the last checkpoint"
+        )
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(failure, RaytuneError):
+        return failure
+    kind = StorageError if isinstance(failure, OSError) else TrainingError
+    return kind(
+        f"Ray Train could not go on: {cause(failure)}; the same command goes on from the last checkpoint"
     )
+
+
+def _is_preemption(error: BaseException) -> bool:
+    """By which budget Ray counts: workers that fail for want of one that was taken away do not matter."""
+    if isinstance(error, WorkerGroupError):
+        return any(getattr(failure, "preempted", False) for failure in error.worker_failures.values())
+    return isinstance(error, PreemptionError)
 
 
 def cause(error: BaseException) -> str:

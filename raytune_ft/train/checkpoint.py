@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.errors import DataError, ModelError
-from raytune_ft.planner import Choice, MemoryPlan
+from raytune_ft.planner import Choice, MemoryPlan, usable_bytes
+from raytune_ft.spec import JobSpec
 from raytune_ft.train.engine import Engine
 
 _POSITION_FILE = "position.json"
@@ -27,6 +28,8 @@ class Position:
     """CPU threads: sums are divided among them, so that their number is part of the result's last bits."""
     workers: int
     """How many trained; the same number goes on with the same bits."""
+    chosen_for: dict[str, Any] = field(default_factory=dict)
+    """What the job itself said of its memory when `choice` was made; see `memory_settings`."""
     data: dict[str, Any] = field(default_factory=dict)
     """What is known of the windows that were read; see `raytune_ft.data.ledger`."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -34,6 +37,30 @@ class Position:
     before: dict[str, Any] | None = None
     """How the bare base was evaluated, its scores and answers: kept while the job asks the same."""
     schema_version: int = SCHEMA_VERSION
+
+
+def memory_settings(job: JobSpec) -> dict[str, Any]:
+    """What `Position.choice` depends on in a job, and may change between two starts of a run."""
+    return {
+        "resident": job.model.resident,
+        "gradient_checkpointing": job.model.gradient_checkpointing,
+        "sequences_per_worker": job.batch.sequences_per_worker,
+        "zero_stage": job.cluster.zero_stage,
+        "offload": job.cluster.offload,
+    }
+
+
+def choice_holds(position: Position, job: JobSpec, *, workers: int, device_bytes: int) -> bool:
+    """Whether a run goes on as its checkpoint chose, with the same bits.
+
+    Args:
+        position: the checkpoint's.
+        job: as it is now.
+        workers: that there are now.
+        device_bytes: memory of a worker's device; the smallest of them.
+    """
+    same = (position.workers, position.chosen_for) == (workers, memory_settings(job))
+    return same and position.choice.memory.total <= usable_bytes(device_bytes)
 
 
 def write_checkpoint(folder: Path, engine: Engine, position: Position) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raytune_ft.methods import saving
 from raytune_ft.quantise import whole_shape
-from raytune_ft.train.fragments import Fragment, saved_fragments
+from raytune_ft.train.fragments import Fragment, fragments
 
 if TYPE_CHECKING:
     import deepspeed
@@ -81,7 +81,7 @@ def gathered(engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Paramet
         float32 tensors in the host's memory, with the parameters' names and shapes.
     """
     held: dict[str, list[Fragment]] = {name: [] for name in names}
-    for fragment in saved_fragments(engine, names):
+    for fragment in fragments(engine, names):
         held[fragment.name].append(fragment)
     found = {}
     for name, parameter in names.items():
@@ -124,6 +124,11 @@ def _as_published(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> di
 def _write_configs(model: "PreTrainedModel", folder: Path) -> None:
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:
+        from transformers.dynamic_module_utils import custom_object_save
+
+        # Its own Python code, without which it does not load; the config then names it.
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

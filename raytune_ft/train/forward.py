@@ -1,12 +1,12 @@
 """What a pass through the model is: from a batch to the logits of what is learned, for each kind of model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.models import decoder_start_id, task_of
@@ -37,21 +37,27 @@ class Forward(Protocol):
         ...
 
 
-def forward_of(model: "PreTrainedModel", *, hooks: bool = True) -> Forward:
+def forward_of(model: "PreTrainedModel", *, hooks: bool = True, compiled: bool = False) -> Forward:
     """The forward pass of a loaded model.
 
     Args:
         model: of any task.
         hooks: call the head with its hooks; False for a caller who gathers a sharded head by himself, once
             for all of its chunks.
+        compiled: compile what comes before the head, when it is first called; the model stays as it is.
     """
     match task_of(model):
         case "classification":
-            return _Classifying(model)
+            return _Classifying(model, compiled=compiled)
         case "seq2seq":
-            return _Translating(model, hooks=hooks)
+            return _Translating(model, hooks=hooks, compiled=compiled)
         case "causal":
-            return _Continuing(model, hooks=hooks)
+            return _Continuing(model, hooks=hooks, compiled=compiled)
+
+
+def _callable(module: nn.Module, *, compiled: bool) -> Callable[..., Any]:
+    # Rows and batches have many sizes: one program is to do for all.
+    return torch.compile(module, dynamic=True) if compiled else module
 
 
 def arrangement_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Arrangement:
@@ -149,10 +155,10 @@ class _Head:
 class _Continuing(_Head):
     """A causal language model: each token is predicted from those before it."""
 
-    def __init__(self, model: "PreTrainedModel", *, hooks: bool) -> None:
+    def __init__(self, model: "PreTrainedModel", *, hooks: bool, compiled: bool) -> None:
         super().__init__(model, hooks=hooks)
         self._model = model
-        self._body = model.base_model
+        self._body = _callable(model.base_model, compiled=compiled)
 
     def learned(self, *batches: Batch) -> Tensor:
         """See `Forward.learned`."""
@@ -172,10 +178,10 @@ class _Continuing(_Head):
 class _Translating(_Head):
     """An encoder, which reads the question, and a decoder, which continues an answer to it."""
 
-    def __init__(self, model: "PreTrainedModel", *, hooks: bool) -> None:
+    def __init__(self, model: "PreTrainedModel", *, hooks: bool, compiled: bool) -> None:
         super().__init__(model, hooks=hooks)
-        self._encoder = model.get_encoder()
-        self._decoder = model.get_decoder()
+        self._encoder = _callable(model.get_encoder(), compiled=compiled)
+        self._decoder = _callable(model.get_decoder(), compiled=compiled)
 
     def learned(self, *batches: Batch) -> Tensor:
         """See `Forward.learned`."""
@@ -198,8 +204,8 @@ class _Classifying:
 
     head: Sequence[Tensor] = ()
 
-    def __init__(self, model: "PreTrainedModel") -> None:
-        self._model = model
+    def __init__(self, model: "PreTrainedModel", *, compiled: bool) -> None:
+        self._model = _callable(model, compiled=compiled)
 
     def learned(self, *batches: Batch) -> Tensor:
         """The logits already: see `Forward.learned`."""

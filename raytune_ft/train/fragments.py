@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,14 +32,9 @@ class Fragment:
         """The range as a view of a tensor that is laid out like `flat`."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
-    def share(self, rank: int, world: int) -> "Fragment":
-        """The part that one of `world` ranks writes where all hold the whole."""
-        first, last = (self.numel * at // world for at in (rank, rank + 1))
-        return Fragment(self.name, self.start + first, last - first, self.flat, self.offset + first)
-
 
 def fragments(engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Parameter]) -> list[Fragment]:
-    """What this rank holds of every parameter: in stage 0 the whole, else its partition.
+    """What this rank holds of every parameter: every element is the part of one rank alone.
 
     Raises:
         ValueError: `names` are not the parameters that the optimizer steps.
@@ -67,8 +62,6 @@ class _Held(NamedTuple):
 
 def _held(engine: "deepspeed.DeepSpeedEngine") -> Iterator[_Held]:
     """The layout of DeepSpeed 0.19's optimizers, which its public functions show only in part."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -81,17 +74,10 @@ def _held(engine: "deepspeed.DeepSpeedEngine") -> Iterator[_Held]:
         flats, offsets = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_offsets
         for flat, parameters, at in zip(flats, optimizer.round_robin_bit16_groups, offsets, strict=True):
             yield from _in_a_row(flat, parameters, at, rank)
-    elif isinstance(optimizer, BF16_Optimizer):
+    else:  # BF16_Optimizer: stage 1 of bfloat16 weights.
         for flat, parameters in zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True):
             at = [0, *accumulate(parameter.numel() for parameter in parameters)]
             yield from _in_a_row(flat, parameters, at[:-1], rank)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for parameter, master in _with_masters(optimizer):
-            yield _Held(parameter, master, 0, parameter.numel(), 0)
-    else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield _Held(parameter, parameter, 0, parameter.numel(), 0)
 
 
 def _divided(flat: Tensor, parameters: Iterable[nn.Parameter], rank: int) -> Iterator[_Held]:
@@ -116,24 +102,6 @@ def _in_a_row(
         yield _Held(parameter, flat, low - at, high - low, low - first)
 
 
-def _with_masters(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        yield from zip(parameters, masters, strict=True)
-
-
-def saved_fragments(engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Parameter]) -> list[Fragment]:
-    """What this rank contributes to the whole: every element is the part of one rank alone.
-
-    Raises:
-        ValueError: see `fragments`.
-    """
-    held = fragments(engine, names)
-    if engine.zero_optimization_stage() == 0:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        held = [fragment.share(rank, world) for fragment in held]
-    return [fragment for fragment in held if fragment.numel]
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[int, dict[str, Tensor]]:
     """Steps taken, and what is kept for each element: before the first step, nothing.
 
@@ -153,7 +121,6 @@ def optimizer_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[int
 
 def refresh(engine: "deepspeed.DeepSpeedEngine") -> None:
     """Make the weights that the model computes with from the masters; all ranks call it."""
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     optimizer = engine.optimizer
@@ -164,9 +131,5 @@ def refresh(engine: "deepspeed.DeepSpeedEngine") -> None:
         # Small parameters stay whole on every rank: they are gathered again.
         optimizer.checkpoint_event_epilogue()
         optimizer.invalidate_secondary_tensor()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        with torch.no_grad():
-            for parameter, master in _with_masters(optimizer):
-                parameter.copy_(master)
-    elif hasattr(optimizer, "update_lp_params"):
+    else:
         optimizer.update_lp_params()

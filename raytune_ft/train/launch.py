@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import ray
 import ray.exceptions
@@ -35,7 +36,7 @@ from raytune_ft.storage import disk_errors
 from raytune_ft.tensorboard import ScalarLog, step_scalars
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
 from raytune_ft.train.budgets import lost, run_config
-from raytune_ft.train.lease import Lease, hold
+from raytune_ft.train.lease import Lease, check_holds, hold
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
 from raytune_ft.train.room import BusyCluster, find_room
 from raytune_ft.train.run import Run, name_inputs
@@ -102,6 +103,7 @@ def train(
         if outcome.bad:
             write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
         _keep(assignment, result, outcome, output)
+        check_holds(run.storage, channel)
         run.finish(result, inputs)
     return result
 
@@ -135,7 +137,8 @@ def _train_held(
             on_event({"phase": "data"})
             data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
             others = read_other_tasks(job, tokenizer=tokenizer.result(), cache=cache)
-            lease.check()
+            # The renewal may be late; what was left behind is deleted now.
+            check_holds(run.storage, channel)
             state = run.begin(data.fingerprint, base)
             assignment = Assignment(job, state, TrainingData.of(job, data, others), channel, placement)
             on_event({"phase": "start"})
@@ -188,11 +191,24 @@ def ray_session() -> Iterator[None]:
     with warnings.catch_warnings():
         # Ray announces changes of its defaults to GPU-less clusters; nothing here depends on them.
         warnings.simplefilter("ignore", FutureWarning)
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    # Ray's own handler would leave the run's lease behind.
+    _on_sigterm(_interrupt)
     try:
         yield
     finally:
         ray.shutdown()
+        _on_sigterm(before)
+
+
+def _on_sigterm(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _check_reachable(address: str) -> None:
@@ -227,7 +243,7 @@ def _run_workers(assignment: Assignment, run: Run, lease: Lease, output: Path, o
 
         def meanwhile() -> None:
             lease.check()
-            busy.look(started=follower.take())
+            busy.look(came=follower.take())
 
         try:
             returned = _fit(trainer, meanwhile).return_value
@@ -286,7 +302,6 @@ class _Follower:
         self._quarantine = output / _QUARANTINE_FILE
         self._on_event = on_event
         self._step = 0
-        self._heard = False
 
     def __enter__(self) -> Self:
         return self
@@ -298,9 +313,10 @@ class _Follower:
             self._reader.close()
 
     def take(self) -> bool:
-        """Handle all events that have come; whether any ever has."""
+        """Handle all events that have come; whether there were any."""
+        came = False
         for event in self._reader.read():
-            self._heard = True
+            came = True
             if "bad" in event:
                 write_quarantine([BadRecord(**record) for record in event["bad"]], self._quarantine)
                 continue
@@ -313,7 +329,7 @@ class _Follower:
                 last = history[-1]
                 event |= {"step": last["step"], "loss": last["loss"], "tokens_per_second": _speed(history)}
             self._on_event(event)
-        return self._heard
+        return came
 
 
 def _speed(history: list[dict[str, Any]]) -> float:

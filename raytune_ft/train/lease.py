@@ -28,6 +28,8 @@ RENEW_S = 10.0
 EXPIRES_S = 60.0
 """A holder that was killed is waited for so long after its last renewal."""
 _POLL_S = 2.0
+_RELEASE_S = 10.0
+_LOOK_AGAIN_S = 0.1
 _JOIN_S = 5.0
 """A renewal may be waiting for a store that is away."""
 _LISTED = 100
@@ -72,7 +74,20 @@ class Holder:
             same = abs(process.create_time() - self.process_started_at) < 1.0
             return same and bool(process.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
-            return False
+            return _hidden_or_gone(self.pid)
+        except psutil.AccessDenied:
+            return None
+
+
+def _hidden_or_gone(pid: int) -> bool | None:
+    """None where /proc hides other users' processes, and this one may be one of them."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return None
+    except OSError:
+        return False
+    return None
 
 
 def _process_space() -> str | None:
@@ -149,9 +164,15 @@ class Lease:
         self._ended.set()
         self._thread.join(_JOIN_S)
         if self._lost is None:
-            # Where the store fails it expires by itself.
-            with suppress(StorageError):
-                self._append(self._number + 1, Holder(**{**asdict(self._holder), "released": True}))
+            # Who pressed Ctrl-C does not wait for a store that is away.
+            last = threading.Thread(target=self._release, name="release", daemon=True)
+            last.start()
+            last.join(_RELEASE_S)
+
+    def _release(self) -> None:
+        # Where the store fails it expires by itself.
+        with suppress(StorageError):
+            self._append(self._number + 1, Holder(**{**asdict(self._holder), "released": True}))
 
     def _renew(self) -> None:
         while not self._ended.wait(self._renew_s):
@@ -222,7 +243,12 @@ def check_holds(storage: Storage, token: str) -> None:
         RunHeld: another launch took the lease, or it was given back.
         StorageError: the store failed.
     """
-    entry = newest_entry(storage)
+    give_up_at = time.monotonic() + EXPIRES_S
+    pause_s = _LOOK_AGAIN_S
+    # A folder is not listed at one moment: a renewal may replace one name by another meanwhile.
+    while (entry := newest_entry(storage)) is None and time.monotonic() < give_up_at:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _POLL_S)
     if entry is None or entry.holder.token != token or entry.holder.released:
         raise _lost_to(storage, entry)
 

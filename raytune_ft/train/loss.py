@@ -27,7 +27,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = [p for p in parameters if p.requires_grad]
         gradient_ND = torch.empty_like(hidden_ND)
-        gradients = [torch.zeros_like(p) for p in wanted]
+        # In bfloat16 each chunk would round the sum again.
+        gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         loss_N = scale_N.new_empty(scale_N.shape)
         # Scales are multiplied in at the end, so that they change no bit before. The head's gradient adds
         # positions up: there only what they have in common can wait.
@@ -42,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for total, part in zip(gradients, head_gradients, strict=True):
                 total += part
         ctx.save_for_backward(largest, outer_N, gradient_ND, *gradients)
-        ctx.wanted = [p.requires_grad for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
+        ctx.dtypes = [p.dtype if p.requires_grad else None for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
         ctx.mark_non_differentiable(loss_N)
         return (loss_N * scale_N).sum(), loss_N
 
@@ -51,12 +52,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         largest, outer_N, gradient_ND, *gradients = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
         unscaled = iter(gradients)
         heads = [
-            next(unscaled) * (largest * outputs[0]) if wanted else None
-            for wanted in ctx.wanted  # type: ignore[attr-defined]
+            _scaled(next(unscaled), largest * outputs[0], dtype) if dtype else None
+            for dtype in ctx.dtypes  # type: ignore[attr-defined]
         ]
         # Rounded once to its own type.
         scaled_ND = (gradient_ND * (outer_N * outputs[0])[:, None]).to(gradient_ND.dtype)
         return (scaled_ND, None, None, None, None, *heads)
+
+
+def _scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a copy between: a head is large."""
+    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
 
 
 def _chunk(

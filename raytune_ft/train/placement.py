@@ -7,6 +7,9 @@ from raytune_ft.data.reader import task_cpus
 from raytune_ft.errors import BadInput
 from raytune_ft.spec import ClusterSpec
 
+_WORKERS_PER_CPU = 4
+"""More of them only wait for each other."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -33,19 +36,42 @@ def place(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Placeme
         nodes: the resources of each node that is alive.
 
     Raises:
-        BadInput: the cluster has no GPU or too few of them.
+        BadInput: the cluster has no GPU or too few of them, or far too few CPUs.
     """
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
     if cluster.device == "gpu" and not gpus:
         raise BadInput("cluster.device = gpu: the cluster has no GPU; add a GPU node, or use device: auto")
     use_gpu = bool(gpus) and cluster.device != "cpu"
     if use_gpu and cluster.workers > gpus:
-        raise BadInput(
-            f"cluster.workers = {cluster.workers}: the cluster has {gpus} GPUs; use as many, or add nodes"
-        )
+        raise BadInput(_too_few(cluster, gpus))
     if use_gpu:
         return _on_gpus(cluster.workers, [node for node in nodes if node.get("GPU", 0.0) >= 1])
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    if cluster.least_workers > (most := int(max(cpus, 1.0) * _WORKERS_PER_CPU)):
+        raise BadInput(_too_few_cpus(cluster, cpus, most))
     return _on_cpus(cluster.workers, [node.get("CPU", 0.0) for node in nodes])
+
+
+def _too_few(cluster: ClusterSpec, gpus: int) -> str:
+    more = "add nodes (--wait SECONDS waits for those of an autoscaler)"
+    if cluster.elastic:
+        least, most = cluster.elastic
+        return (
+            f"cluster.elastic = [{least}, {most}]: the cluster has {gpus} GPUs, and the least is {least}; "
+            f"set it to [{gpus}, {most}], or {more}"
+        )
+    return (
+        f"cluster.workers = {cluster.workers}: the cluster has {gpus} GPUs; use as many, or {more}, or set "
+        f"cluster.elastic: [{gpus}, {cluster.workers}] instead, which takes up nodes as they come"
+    )
+
+
+def _too_few_cpus(cluster: ClusterSpec, cpus: float, most: int) -> str:
+    name, value = ("elastic", [*cluster.elastic]) if cluster.elastic else ("workers", cluster.workers)
+    return (
+        f"cluster.{name} = {value}: the cluster has {cpus:g} CPUs, and {_WORKERS_PER_CPU} workers may "
+        f"share one; use {most} or fewer"
+    )
 
 
 def _on_gpus(workers: int, nodes: Sequence[Mapping[str, float]]) -> Placement:

@@ -101,10 +101,12 @@ class Recorder:
         self._history.append(entry)
         self._unsent.append(entry)
         last = report.step == self._total_steps
-        if last or report.step % self._every_steps == 0:
-            self._keep(wait=last)
-        elif self._warnings.new(report.step):
+        # All workers ask at the same step, also where a checkpoint is due.
+        noticed = self._warnings.new(report.step)
+        if noticed and not last:
             self._keep_before_loss()
+        elif last or report.step % self._every_steps == 0:
+            self._keep(wait=last)
         if last or time.monotonic() - self._sent_at > _EVENT_INTERVAL_S:
             self._send()
 

@@ -13,7 +13,9 @@ from raytune_ft.spec import ClusterSpec
 from raytune_ft.train.placement import Placement, place
 
 TOLD_AFTER_S = 15.0
-"""Workers that have room are there sooner."""
+"""Workers that have room are there sooner. One looks so often."""
+SILENT_S = 120.0
+"""A worker says that it loads as soon as it has started, which imports take seconds of."""
 _POLL_S = 2.0
 _NEARLY = 1e-6
 
@@ -28,22 +30,36 @@ def find_room(cluster: ClusterSpec, wait_s: float, tell: Tell) -> Placement:
     """
     give_up_at = time.monotonic() + wait_s
     told = False
+    # Nodes that are to come may bring the first GPUs.
+    wanted = cluster.model_copy(update={"device": "gpu"}) if wait_s and cluster.device == "auto" else cluster
     try:
         while True:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             try:
-                return _place(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+                return _place(wanted, nodes)
             except BadInput as error:
-                if time.monotonic() >= give_up_at:
-                    raise
+                if time.monotonic() >= give_up_at or cluster.device == "cpu":
+                    return _without_more(cluster, nodes, wait_s, tell)
                 if not told:
                     request_resources(bundles=[{"GPU": 1.0}] * cluster.least_workers)
-                    tell({"phase": f"Waiting up to {wait_s:.0f} s for more nodes: {error}"})
+                    reason = (
+                        str(error) if any(node.get("GPU") for node in nodes) else "the cluster has no GPU"
+                    )
+                    tell({"phase": f"Waiting up to {wait_s:.0f} s for more nodes: {reason}"})
                     told = True
             time.sleep(min(_POLL_S, wait_s))
     finally:
         if told:
             # From here on Ray Train asks for what it needs; this request would hold the nodes for ever.
             request_resources(bundles=[])
+
+
+def _without_more(
+    cluster: ClusterSpec, nodes: list[dict[str, float]], wait_s: float, tell: Tell
+) -> Placement:
+    placement = _place(cluster, nodes)
+    tell({"phase": f"No GPU has come within {wait_s:.0f} s: training on CPU"})
+    return placement
 
 
 def _place(cluster: ClusterSpec, nodes: list[dict[str, float]]) -> Placement:
@@ -55,20 +71,77 @@ def _place(cluster: ClusterSpec, nodes: list[dict[str, float]]) -> Placement:
 
 
 class BusyCluster:
-    """Tells once that the workers wait for others to leave the cluster."""
+    """Tells when the workers wait for others to leave the cluster, or have room and do not start."""
 
     def __init__(self, cluster: ClusterSpec, placement: Placement, tell: Tell) -> None:
         self._workers = cluster.least_workers
         self._elastic = cluster.elastic is not None
         self._needs = placement.resources
         self._tell = tell
+        self._job = ray.get_runtime_context().get_job_id()
         self._look_at = time.monotonic() + TOLD_AFTER_S
+        self._told = False
+        """Of the present wait. A node that is lost later makes the workers wait again."""
+        self._group: str | None = None
+        """The workers' own, once they have one; another for each attempt."""
+        self._group_since = 0.0
+        self._came = False
+        """An event, since the workers have that group."""
 
-    def look(self, *, started: bool) -> None:
-        """Called again and again; `started` once the workers have room."""
-        if started or time.monotonic() < self._look_at:
+    def look(self, *, came: bool) -> None:
+        """Called again and again.
+
+        Args:
+            came: whether the workers have sent an event since the last call.
+        """
+        self._came |= came
+        if time.monotonic() < self._look_at:
             return
-        self._look_at = time.monotonic() + _POLL_S
+        self._look_at = time.monotonic() + TOLD_AFTER_S
+        groups = self._groups()
+        created = next((name for name, (state, _) in groups.items() if state == "CREATED"), None)
+        if created is not None:
+            self._told = False
+            self._look_at_start(created)
+        elif not self._told and self._is_waiting(list(groups.values())):
+            self._tell_what_lacks()
+
+    def _groups(self) -> dict[str, tuple[str, list[dict[str, float]]]]:
+        """State and bundles of the groups that may be the workers'; others of the cluster look the same."""
+        found = {
+            name: (group["state"], list(group["bundles"].values()))
+            for name, group in placement_group_table().items()
+            # The id ends with that of the job that made it.
+            if name.endswith(self._job)
+        }
+        return {
+            name: (state, bundles)
+            for name, (state, bundles) in found.items()
+            if all(bundle == self._needs for bundle in bundles)
+        }
+
+    def _look_at_start(self, group: str) -> None:
+        if group != self._group:
+            # What came since the last look may be of these workers already.
+            self._group, self._group_since = group, time.monotonic()
+        elif not self._came and time.monotonic() - self._group_since > SILENT_S:
+            self._came = True
+            self._tell(
+                {
+                    "phase": f"The workers have had room for {SILENT_S:.0f} s, and none has started; "
+                    "their logs are on their nodes, in /tmp/ray/session_latest/logs"
+                }
+            )
+
+    def _is_waiting(self, groups: list[tuple[str, list[dict[str, float]]]]) -> bool:
+        # Ray asks for nothing before it knows how many workers there will be.
+        return self._elastic or any(
+            state in ("PENDING", "RESCHEDULING") and len(bundles) == self._workers
+            for state, bundles in groups
+        )
+
+    def _tell_what_lacks(self) -> None:
+        self._came = False
         free = ray.available_resources()
         short = {
             name: need * self._workers
@@ -76,21 +149,9 @@ class BusyCluster:
             if free.get(name, 0.0) + _NEARLY < need * self._workers
         }
         # What this run has reserved already is not free either.
-        if short and self._is_waiting():
+        if short:
             lacks = ", ".join(
                 f"{need:g} {name}, and {free.get(name, 0.0):g} are free" for name, need in short.items()
             )
-            self._look_at = float("inf")
+            self._told = True
             self._tell({"phase": f"Waiting for room in the cluster: the run needs {lacks}"})
-
-    def _is_waiting(self) -> bool:
-        groups = [
-            (group["state"], list(group["bundles"].values())) for group in placement_group_table().values()
-        ]
-        if self._elastic:
-            # Ray asks for nothing before it knows how many workers there will be.
-            return not any(
-                state == "CREATED" and all(bundle == self._needs for bundle in bundles)
-                for state, bundles in groups
-            )
-        return ("PENDING", [self._needs] * self._workers) in groups

@@ -6,12 +6,14 @@ import uuid
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from raytune_ft.errors import DataError, ModelError
+from raytune_ft.errors import DataError, ModelError, StorageError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import Storage, open_storage
 from raytune_ft.train.lease import LEASE
 
 _TRAINING_SECTIONS = ("model", "data", "method", "optimizer", "schedule", "batch")
+_HOW_IT_FITS = {"model": ("resident", "gradient_checkpointing"), "batch": ("sequences_per_worker",)}
+"""Fields that make a run fit its device: one that did not must be able to go on with others."""
 _STATE_FILE = "run.json"
 _RESULT_FILE = "result.json"
 _CHECKPOINTS = "checkpoint_"
@@ -46,12 +48,15 @@ class RunState:
 
 
 class Run:
-    """The folder `<catalog>/runs/<job>/<id>`; the id covers all sections that training depends on."""
+    """The folder `<catalog>/runs/<job>/<id>`; the id covers what changes the result by more than rounding."""
 
     def __init__(self, job: JobSpec) -> None:
         resolved = job.resolved()
+        covered = {section: resolved[section] for section in _TRAINING_SECTIONS}
+        for section, names in _HOW_IT_FITS.items():
+            covered[section] = {name: v for name, v in covered[section].items() if name not in names}
         self.job = job
-        self.id = digest({section: resolved[section] for section in _TRAINING_SECTIONS})[:16]
+        self.id = digest(covered)[:16]
         self.parent_uri = f"{job.publish.catalog.rstrip('/')}/runs/{job.name}"
         self.storage: Storage = open_storage(f"{self.parent_uri}/{self.id}")
 
@@ -71,14 +76,30 @@ class Run:
                 self.storage.delete(found.key)
 
     def _clear_cut_off_checkpoints(self) -> None:
-        """Remove what a kill left of checkpoints that were never complete."""
-        text = self.storage.read_or_none(_CHECKPOINT_LIST)
-        kept = json.loads(text) if text else {}
-        listed = [*kept.get("checkpoint_results", []), kept.get("latest_checkpoint_result")]
-        complete = {result["checkpoint_dir_name"] for result in listed if result}
+        """Remove what a kill left of checkpoints that were never complete.
+
+        Raises:
+            StorageError: the list of those that are complete is damaged; nothing is removed.
+        """
+        complete = self._complete_checkpoints()
         for found in list(self.storage.list(_CHECKPOINTS)):
             if found.key != _CHECKPOINT_LIST and found.key.partition("/")[0] not in complete:
                 self.storage.delete(found.key)
+
+    def _complete_checkpoints(self) -> set[str]:
+        """Names of the folders that Ray Train lists."""
+        text = self.storage.read_or_none(_CHECKPOINT_LIST)
+        if text is None:
+            return set()
+        try:
+            kept = json.loads(text)
+            listed = [*kept["checkpoint_results"], kept.get("latest_checkpoint_result")]
+            return {result["checkpoint_dir_name"] for result in listed if result}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise StorageError(
+                f"{self.storage.uri}/{_CHECKPOINT_LIST}: cut off, or not Ray Train's list of checkpoints "
+                f"({len(text)} bytes); nothing was removed; put the file back, or start over with --restart"
+            ) from None
 
     def finished(self, inputs: str) -> dict[str, Any] | None:
         """The result, where this very job has been done on these very inputs.
@@ -111,6 +132,7 @@ class Run:
         Raises:
             DataError: the data changed under a run that is not finished.
             ModelError: the base did.
+            StorageError: Ray Train's list of checkpoints is damaged, or the store failed.
         """
         kept = self.storage.read_or_none(_STATE_FILE)
         if kept is not None:

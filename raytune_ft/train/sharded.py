@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raytune_ft.errors import OutOfMemory
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS, bucket_elements
+from raytune_ft.quantise import is_divided
 from raytune_ft.spec import ClusterSpec, OptimizerSpec
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
@@ -50,7 +51,8 @@ def zero_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(),
+        # DeepSpeed refuses it in stage 1 where the loop forms the passes.
+        "overlap_comm": cluster.zero_stage >= 2 and torch.cuda.is_available(),
     }
     if cluster.zero_stage == 3:
         zero |= {
@@ -78,6 +80,8 @@ def zero_config(
     if weight_bits != 32:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Else the workers' gradients would be added up in bfloat16.
+        config["communication_data_type"] = "fp32"
     return config
 
 
@@ -109,10 +113,10 @@ def divided_while_loading(config: Mapping[str, Any]) -> Iterator[None]:
 class _Pass(nn.Module):
     """The whole of a pass as one module: the unit around which DeepSpeed gathers and releases weights."""
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", *, compiled: bool) -> None:
         super().__init__()
         self.model = model
-        self._forward = forward_of(model, hooks=False)
+        self._forward = forward_of(model, hooks=False, compiled=compiled)
 
     def hold_head(self) -> None:
         """Keep the head's weights gathered through a pass: its chunks are not modules of their own."""
@@ -153,6 +157,7 @@ class ShardedEngine:
         device: torch.device,
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         peers: Peers = Peers(),
     ) -> None:
         """Divide the model.
@@ -165,6 +170,7 @@ class ShardedEngine:
             device: of this worker.
             seed: of the dropout.
             gradient_checkpointing: recompute activations in the backward pass.
+            compiled: see `forward_of`; not in stage 3.
             peers: the workers of the run.
         """
         import deepspeed
@@ -179,7 +185,13 @@ class ShardedEngine:
         self.slot = 0
         self.shares_passes = False
         self.tokens_per_pass = 0
-        unit = _Pass(model)
+        if "bf16" in config and is_divided(model):
+            # What was added to a divided model has to have its dtype: else DeepSpeed fails where it trains
+            # some of its weights too. Others it casts itself.
+            for parameter in self.parameters.values():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        unit = _Pass(model, compiled=compiled)
         self.deepspeed, *_ = deepspeed.initialize(
             model=unit,
             optimizer=make_optimizer(list(self.parameters.values()), optimizer),

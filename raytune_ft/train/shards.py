@@ -26,7 +26,6 @@ from raytune_ft.train.fragments import (
     fragments,
     optimizer_state,
     refresh,
-    saved_fragments,
 )
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def save_shards(
     """Write this rank's part of the master weights and the optimizer's state. No rank waits for another.
 
     Args:
-        engine: ZeRO stage 0 to 3, with or without offload to the host's memory.
+        engine: ZeRO stage 1 to 3, with or without offload to the host's memory.
         names: every parameter that the optimizer steps.
         folder: where `rank-<r>.safetensors` is to stand; it appears there when it is complete.
         rank: this process among all that write.
@@ -138,7 +137,7 @@ def save_shards(
     """
     tensors: dict[str, Tensor] = {}
     pieces = []
-    for fragment in saved_fragments(engine, names):
+    for fragment in fragments(engine, names):
         step, state = optimizer_state(engine.basic_optimizer, fragment.flat)
         piece = Piece(fragment.name, fragment.start, fragment.numel, step, tuple(sorted(state)))
         pieces.append(piece)
@@ -330,16 +329,10 @@ def _prepared_state(
     optimizer: torch.optim.Optimizer, flat: Tensor, pieces: Sequence[Piece]
 ) -> dict[str, Tensor]:
     """The tensors of the optimizer's state of `flat`, made where there are none, its step count set."""
-    steps = {piece.step: piece.name for piece in pieces if piece.state}
-    if len(steps) > 1:
-        (fewest, one), (most, other) = min(steps.items()), max(steps.items())
-        raise ModelError(
-            f"{one} has taken {fewest} steps and {other} {most}, and this ZeRO stage counts them together; "
-            "go on with the stage that wrote the checkpoint"
-        )
-    if not steps and not optimizer.state.get(flat):
+    # All parameters are stepped together.
+    step = max((piece.step for piece in pieces if piece.state), default=0)
+    if not step and not optimizer.state.get(flat):
         return {}
-    step = next(iter(steps), 0)
     state = optimizer.state[flat]
     for kind in sorted({kind for piece in pieces for kind in piece.state}):
         if kind not in state:

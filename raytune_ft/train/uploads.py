@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 from ray.train import CheckpointUploadMode
 
@@ -21,6 +23,8 @@ from raytune_ft.storage import Storage, disk_errors
 OUTAGE_S = 600.0
 """A store that is away for longer ends the run. Training goes on meanwhile, so there is time."""
 _PAUSE_S = 5.0
+_BEGIN_S = 60.0
+"""An upload that has not begun by then never will: a thread waits for each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Uploads:
         may_write: Callable[[], None],
         on_failure: Callable[[RaytuneError], None],
     ) -> None:
-        """Take the place of an earlier worker of the run with this rank, and remove what it left.
+        """Remove what earlier workers of the run left on this node's disk.
 
         Args:
             storage: the run's folder.
@@ -62,11 +66,13 @@ class Uploads:
         self._on_failure = on_failure
         self._idle = threading.Event()
         self._idle.set()
+        self._begun = threading.Event()
+        self._sent = self._local
+        """The folder that was handed to Ray last."""
         self._failure: RaytuneError | None = None
         self._finished: list[Upload] = []
         with disk_errors(str(self._local)):
-            if self._local.exists():
-                shutil.rmtree(self._local)
+            _remove_abandoned(self._local)
 
     def send(self, write: Callable[[Path], None], metrics: dict[str, Any], *, wait: bool) -> None:
         """Write a part to the local disk and send it; all workers call it for the same step.
@@ -81,7 +87,7 @@ class Uploads:
             StorageError: the store failed for longer than `OUTAGE_S`.
             RunHeld: another driver has taken the run over.
         """
-        self._idle.wait()
+        self._wait_for_former()
         if self._failure is not None:
             raise self._failure
         folder = self._local / str(metrics["step"])
@@ -100,20 +106,34 @@ class Uploads:
             self._drop(folder)
         else:
             self._idle.clear()
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=lambda _, name: self._upload(folder, name, metrics["step"]),
-        )
+            self._begun.clear()
+            self._sent = folder
+        try:
+            ray.train.report(
+                metrics,
+                checkpoint=checkpoint,
+                checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+                delete_local_checkpoint_after_upload=False,
+                checkpoint_upload_fn=lambda _, name: self._upload(folder, name, metrics["step"]),
+            )
+        finally:
+            if wait:
+                self._wait_for_former(begin_s=0.0)
 
     def finished(self) -> list[Upload]:
         """Uploads that were completed since the last call."""
         # One may be added meanwhile.
         return [self._finished.pop(0) for _ in range(len(self._finished))]
 
+    def _wait_for_former(self, begin_s: float = _BEGIN_S) -> None:
+        """Wait for the upload on its way. Ray drops a report, and says nothing, where a worker was lost."""
+        if not self._idle.is_set() and not self._begun.wait(begin_s):
+            self._drop(self._sent)
+            self._idle.set()
+        self._idle.wait()
+
     def _upload(self, folder: Path, name: str, step: int) -> ray.train.Checkpoint:
+        self._begun.set()
         began = time.monotonic()
         try:
             size_bytes = send_folder(self._storage, folder, name, may_write=self._may_write)
@@ -147,32 +167,53 @@ def send_folder(storage: Storage, folder: Path, prefix: str, *, may_write: Calla
         storage: where to.
         folder: of this machine.
         prefix: of the keys, without a slash at its end.
-        may_write: asked before each file; raises where somebody else has taken over.
+        may_write: asked before each file and after the last; raises where somebody else has taken over.
 
     Raises:
         StorageFull: the store is full.
         StorageDenied: it refuses to be written to.
-        StorageError: it was away for longer than `OUTAGE_S`.
+        StorageError: it was away for longer than `OUTAGE_S`, or the folder is empty.
     """
     give_up_at = time.monotonic() + OUTAGE_S
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if not files:
+        raise StorageError(f"{folder}: was removed before it was sent; keep other programs out of it")
+
+    def write(key: str, file: Path) -> None:
+        may_write()
+        storage.write(key, file)
+
     for file in files:
-        key = f"{prefix}/{file.relative_to(folder).as_posix()}"
-        while True:
-            try:
-                may_write()
-                storage.write(key, file)
-                break
-            except (StorageFull, StorageDenied):
-                raise
-            except StorageError:
-                if time.monotonic() > give_up_at:
-                    raise
-                time.sleep(_PAUSE_S)
+        _insist(partial(write, f"{prefix}/{file.relative_to(folder).as_posix()}", file), give_up_at)
+    # Somebody else may have taken over while the last file was on its way.
+    _insist(may_write, give_up_at)
     return sum(file.stat().st_size for file in files)
 
 
+def _insist(act: Callable[[], None], give_up_at: float) -> None:
+    """Do it, again and again until `give_up_at` where the store is away."""
+    while True:
+        try:
+            act()
+            return
+        except (StorageFull, StorageDenied):
+            raise
+        except StorageError:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(_PAUSE_S)
+
+
 def _local_folder(uri: str, rank: int) -> Path:
-    """Where this worker's parts wait; another for each user, run and rank."""
+    """Where this worker's parts wait; another for each user, run, rank and process."""
     run = sha256(uri.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"raytune-ft-{os.getuid()}-{run}-{rank}"
+    return Path(tempfile.gettempdir()) / f"raytune-ft-{os.getuid()}-{run}-{rank}-{os.getpid()}"
+
+
+def _remove_abandoned(own: Path) -> None:
+    """Remove the folders of workers of the run, of any rank, that have ended; and `own`."""
+    of_run = own.name.rsplit("-", 2)[0]
+    for folder in own.parent.glob(f"{of_run}-*-*"):
+        pid = folder.name.rpartition("-")[2]
+        if folder == own or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+            shutil.rmtree(folder, ignore_errors=folder != own)

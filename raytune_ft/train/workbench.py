@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment
 from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout
-from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.forward import arrangement_of
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
@@ -84,7 +84,7 @@ def _bank(
     job: JobSpec, device: torch.device, dequantised: bool, peers: Peers
 ) -> tuple["PreTrainedModel", BankEngine]:
     model = load_base(job.model, device=device, dequantised=dequantised)
-    bank = Bank(model, gradient_checkpointing=job.model.gradient_checkpointing)
+    bank = Bank(model, gradient_checkpointing=job.model.gradient_checkpointing, compiled=job.model.compile)
     return model, bank.enter(job.method, job.optimizer, seed=job.data.seed, peers=peers)
 
 
@@ -113,6 +113,7 @@ def _sharded(
         device=device,
         seed=job.data.seed,
         gradient_checkpointing=job.model.gradient_checkpointing,
+        compiled=job.model.compile,
         peers=peers,
     )
     return model, engine
@@ -134,15 +135,19 @@ def _position(
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
     kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
-    if kept and kept.workers == peers.count:
-        return kept
-    placement = assignment.placement
+    job, placement = assignment.job, assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
+    # All workers ask together, and so agree on what follows.
     share_bytes = int(peers.smallest(memory_bytes(device) // shared))
-    choice = choose(assignment.job, read_facts(folder), share_bytes)
-    if kept:
-        return replace(kept, choice=choice, threads=placement.threads, workers=peers.count)
-    return Position(0, fingerprint, digest, choice, placement.threads, peers.count)
+    if kept and choice_holds(kept, job, workers=peers.count, device_bytes=share_bytes):
+        return kept
+    made: dict[str, Any] = {
+        "choice": choose(job, read_facts(folder), share_bytes),
+        "threads": placement.threads,
+        "workers": peers.count,
+        "chosen_for": memory_settings(job),
+    }
+    return replace(kept, **made) if kept else Position(0, fingerprint, digest, **made)
 
 
 def device_of(use_gpu: bool) -> torch.device:

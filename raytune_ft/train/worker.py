@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import ray.train
@@ -44,7 +43,7 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     if first:
         events.write({"phase": "load"})
     with _latest_checkpoint() as checkpoint:
-        bench = set_up(_as_it_runs(assignment, peers), checkpoint, peers)
+        bench = set_up(assignment, checkpoint, peers)
         position = recipe.begin(bench, checkpoint)
     position = _train(assignment, recipe, bench, position, events, peers)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,12 +62,6 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
         recipe.counts,
         list(recipe.ledger.bad),
     )
-
-
-def _as_it_runs(assignment: Assignment, peers: Peers) -> Assignment:
-    """With the number of workers that there are now: an elastic run has another after a restart."""
-    cluster = assignment.job.cluster.model_copy(update={"workers": peers.count})
-    return replace(assignment, job=assignment.job.model_copy(update={"cluster": cluster}))
 
 
 def _train(

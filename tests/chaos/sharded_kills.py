@@ -1,8 +1,8 @@
-"""Kills a full fine-tune of two workers at random places, and compares it with one that nobody disturbed.
+"""Kills full fine-tunes of two workers at random moments, and compares each with one that nobody disturbed.
 
-As a script it prints the log that docs/reliability.md shows:
+As a script it does so for every ZeRO stage, and writes the log into docs/reliability.md:
 
-    python tests/chaos/sharded_kills.py --kills 30 --seed 0
+    .venv/bin/python tests/chaos/sharded_kills.py --kills 30 --write docs/reliability.md
 """
 
 import argparse
@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -23,26 +24,47 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny  # type: ignore[import-not-found]  # in the folder above
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from raytune_ft.catalog import Catalog
+import tiny  # noqa: E402  found on the path that is set above
+from page import machine, markdown, write  # noqa: E402
+
+from raytune_ft.catalog import Catalog  # noqa: E402
 
 STEPS = 150
+EVERY_STEPS = 5
+WORKERS = 2
+STAGES = (0, 1, 2, 3)
 VICTIMS = ("a worker", "the driver", "the machine")
+_TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True)
 class Kill:
     """One SIGKILL."""
 
+    zero_stage: int
     victim: str
+    during: str
+    """What the command last said that it was doing."""
     after_s: float
-    """Since the command began."""
+    """Since the command was started for the last time."""
 
 
-def job_file(folder: Path, name: str, *, zero_stage: int, workers: int) -> Path:
-    """A job of its own catalog, `folder/name`."""
+@dataclass(frozen=True)
+class Comparison:
+    """What became of the runs of one stage that were killed."""
+
+    kills: list[Kill]
+    runs: int
+    """Runs that were disturbed, each of which came to its end and published once."""
+    differing_bits: int
+    """In all of their weights together, from those of the run that nobody disturbed."""
+
+
+def job_file(folder: Path, name: str, zero_stage: int) -> Path:
+    """A job with a catalog of its own, `folder/name`."""
     lines = [
         json.dumps({"prompt": f"Count to {n}:", "completion": f" {n % 9}{n % 7}{n % 5}"}) for n in range(200)
     ]
@@ -55,8 +77,8 @@ def job_file(folder: Path, name: str, *, zero_stage: int, workers: int) -> Path:
         "optimizer": {"learning_rate": 1e-3},
         "schedule": {"steps": STEPS},
         "batch": {"sequences": 8},
-        "checkpoint": {"every_steps": 5},
-        "cluster": {"workers": workers, "zero_stage": zero_stage, "max_restarts": 100},
+        "checkpoint": {"every_steps": EVERY_STEPS},
+        "cluster": {"workers": WORKERS, "zero_stage": zero_stage, "max_restarts": 100},
         "evaluate": {"metrics": []},
         "publish": {"catalog": str(folder / name)},
     }
@@ -65,22 +87,27 @@ def job_file(folder: Path, name: str, *, zero_stage: int, workers: int) -> Path:
     return path
 
 
+def said_by(job: Path) -> Path:
+    """Where the command's lines stand, those of earlier starts above."""
+    return job.with_suffix(".said")
+
+
 def start(job: Path) -> subprocess.Popen[bytes]:
     """The command, with a Ray of its own."""
     program = Path(sys.executable).parent / "raytune-ft"
-    with (job.parent / "said.txt").open("a") as said:
+    with said_by(job).open("a") as said:
         return subprocess.Popen(
-            [program, "train", str(job), "--json", "--output", str(job.parent / "out")],
+            [program, "train", str(job), "--json", "--output", str(job.with_suffix(".out"))],
             stdout=said,
             stderr=said,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+def finish(process: subprocess.Popen[bytes], job: Path) -> None:
     """Wait for the end; raises with what the command said where it failed."""
-    if process.wait(timeout=1200) != 0:
-        raise RuntimeError((folder / "said.txt").read_text())
+    if process.wait(timeout=_TIMEOUT_S) != 0:
+        raise RuntimeError(said_by(job).read_text())
 
 
 def kill(process: subprocess.Popen[bytes], victim: str, draw: random.Random) -> bool:
@@ -106,9 +133,14 @@ def _is_worker(process: psutil.Process) -> bool:
     return False
 
 
-def disturb(job: Path, kills: int, seed: int, usual_s: float) -> Iterator[Kill]:
-    """Run a job to its end, and kill it on the way, again and again."""
-    draw = random.Random(seed)
+def _doing(job: Path) -> str:
+    """The phase that the command said last."""
+    lines = said_by(job).read_text().splitlines()
+    return lines[-1].partition("  ")[0] if lines else "nothing yet"
+
+
+def disturb(job: Path, zero_stage: int, kills: int, draw: random.Random, usual_s: float) -> Iterator[Kill]:
+    """Run a job to its end, and kill it on the way, at most so many times."""
     process = start(job)
     began = time.monotonic()
     left = kills
@@ -119,16 +151,17 @@ def disturb(job: Path, kills: int, seed: int, usual_s: float) -> Iterator[Kill]:
             time.sleep(0.02)
         if process.poll() is not None:
             break
+        struck = Kill(zero_stage, victim, _doing(job), time.monotonic() - began)
         if kill(process, victim, draw):
             left -= 1
-            yield Kill(victim, time.monotonic() - began)
+            yield struck
         if process.poll() is not None:
             process, began = start(job), time.monotonic()
-    finish(process, job.parent)
+    finish(process, job)
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The one version that was published."""
+    """Of the one version that was published."""
     record = Catalog.at(str(folder / name)).pull("killed", folder / f"{name}-pulled")
     if record.version != 1:
         raise RuntimeError(f"published {record.version} times")
@@ -144,33 +177,63 @@ def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
     return sum(int(bin(byte).count("1")) for a, b in pairs for byte in (a ^ b)[a != b].tolist())
 
 
-def compare(folder: Path, *, zero_stage: int, workers: int, kills: int, seed: int) -> tuple[list[Kill], int]:
-    """The kills that struck, and the bits in which the weights differ from those of the undisturbed run."""
+def compare(folder: Path, *, zero_stage: int, kills: int, seed: int) -> Comparison:
+    """Train once undisturbed, then again and again with kills until so many have struck."""
     tiny.save_base(folder / "base")
     began = time.monotonic()
-    finish(start(job_file(folder, "quiet", zero_stage=zero_stage, workers=workers)), folder)
+    quiet = job_file(folder, "quiet", zero_stage)
+    finish(start(quiet), quiet)
     usual_s = time.monotonic() - began
-    job = job_file(folder, "disturbed", zero_stage=zero_stage, workers=workers)
-    struck = list(disturb(job, kills, seed, usual_s))
-    return struck, differing_bits(weights(folder, "quiet"), weights(folder, "disturbed"))
+    expected = weights(folder, "quiet")
+    draw = random.Random(f"{seed} {zero_stage}")
+    struck: list[Kill] = []
+    runs = bits = 0
+    while len(struck) < kills:
+        runs += 1
+        job = job_file(folder, f"disturbed-{runs}", zero_stage)
+        struck += disturb(job, zero_stage, kills - len(struck), draw, usual_s)
+        bits += differing_bits(weights(folder, job.stem), expected)
+    return Comparison(struck, runs, bits)
+
+
+def page_text(found: list[Comparison], seed: int) -> str:
+    """The log as a table, and what came of it."""
+    kills = [each for one in found for each in one.kills]
+    rows = [
+        [str(number), str(each.zero_stage), each.victim, each.during, f"{each.after_s:.1f}"]
+        for number, each in enumerate(kills, 1)
+    ]
+    head = ["kill", "`zero_stage`", "of", "the command last said", "seconds after its start"]
+    victims = ", ".join(f"{count} of {victim}" for victim, count in Counter(k.victim for k in kills).items())
+    runs, bits = sum(one.runs for one in found), sum(one.differing_bits for one in found)
+    outcome = (
+        f"**{len(kills)} kills ({victims}) in {runs} runs, each of which came to its end and published once: "
+        f"{bits} bits differ.** A run has {STEPS} steps on {WORKERS} workers, and keeps a checkpoint every "
+        f"{EVERY_STEPS} steps."
+    )
+    on = machine(["ray", "torch", "deepspeed"], f"seed {seed}")
+    return f"{outcome}\n\n{markdown(head, rows)}\n\n{on}"
 
 
 def main() -> None:
-    """Print the log as a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--zero-stage", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        struck, bits = compare(
-            Path(name), zero_stage=given.zero_stage, workers=given.workers, kills=given.kills, seed=given.seed
-        )
-    print("| kill | of | seconds after the command began |\n|---|---|---|")
-    for number, each in enumerate(struck, 1):
-        print(f"| {number} | {each.victim} | {each.after_s:.1f} |")
-    print(f"\n{len(struck)} kills, {bits} differing bits, published once")
+    """Print the log, and write it into the page."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--kills", type=int, default=30, help="over all stages together")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--write", type=Path, help="the page whose log to replace")
+    options.add_argument("--results", type=Path, help="folder for the figures as JSON")
+    given = options.parse_args()
+    found = []
+    for stage in STAGES:
+        kills = given.kills // len(STAGES) + (stage < given.kills % len(STAGES))
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            one = compare(Path(name), zero_stage=stage, kills=kills, seed=given.seed)
+        print(f"stage {stage}: {len(one.kills)} kills, {one.differing_bits} bits differ", file=sys.stderr)
+        found.append(one)
+    raw = [asdict(one) for one in found]
+    write("sharded_kills", page_text(found, given.seed), given.write, given.results, raw)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from raytune_ft.planner import ModelFacts, memory_plan
 from raytune_ft.spec import ClusterSpec, FullSpec, LoraSpec, ModelSpec, OptimizerSpec, parse_job
 from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
+from raytune_ft.train.devices import own_smallest_gpu_bytes
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
@@ -186,3 +187,24 @@ def test_every_stage_trains_what_a_whole_model_trains(
         return [report.loss for report in reports]
 
     assert train_full(True) == pytest.approx(train_full(False), abs=1e-4 if bits == 32 else 2e-2)
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_compiled_passes_train_what_others_train(base: Path, bits: int) -> None:
+    losses = []
+    for compiled in (False, True):
+        spec = ModelSpec.model_validate({"path": str(base), "weight_bits": bits, "compile": compiled})
+        model = load_base(spec, device=torch.device("cuda"))
+        parameters = METHODS[FullSpec].add(model, FullSpec(), 0)
+        engine = BankEngine(Bank(model, compiled=spec.compile), parameters, OptimizerSpec(epsilon=1e-4))
+        reports: list[StepReport] = []
+        fit(engine, steps(10), start=0, learning_rate=lambda _: 1e-3, report=reports.append)
+        losses.append([report.loss for report in reports])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4 if bits == 32 else 2e-2)
+
+
+def test_the_driver_says_what_torch_finds() -> None:
+    smallest = min(
+        torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())
+    )
+    assert own_smallest_gpu_bytes() == pytest.approx(smallest, rel=0.02)

@@ -80,8 +80,10 @@ def make_job(base: Path, data: Path, catalog: Path | str, /, **changes: Any) -> 
     return parse_job({**values, **changes})
 
 
-def kill_once_kept(catalog: str, killed: list[int]) -> Callable[[dict[str, Any]], None]:
-    """An `on_event` that kills the training process once, as soon as Ray has committed a checkpoint.
+def kill_once_kept(
+    catalog: str, killed: list[int], workers: int | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """An `on_event` that kills all training processes once, or so many, as soon as Ray has a checkpoint.
 
     A thread looks for it, since a short job would be over before its next event.
     """
@@ -89,10 +91,15 @@ def kill_once_kept(catalog: str, killed: list[int]) -> Callable[[dict[str, Any]]
     def kill() -> None:
         while not any(Path(catalog).rglob("checkpoint_manager_snapshot.json")):
             time.sleep(0.01)
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in process.name():
-                killed.append(process.pid)
-                os.kill(process.pid, signal.SIGKILL)
+        everyone = psutil.Process().children(recursive=True)
+        training = [
+            each
+            for each in everyone
+            if each.name().startswith("ray::RayTrainWor") or "RayTrainWorker" in each.name()
+        ]
+        for process in training[:workers]:
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
 
     watcher = threading.Thread(target=kill, daemon=True)
 

@@ -99,6 +99,7 @@ def test_a_refused_gate_keeps_the_version_and_leaves_the_alias(
     assert "Other tasks: Token loss" in report
 
 
+@pytest.mark.slow
 def test_without_metrics_forgetting_is_measured_alone_and_other_examples_make_another_version(
     base: Path, capitals: Path, others: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_without_metrics_forgetting_is_measured_alone_and_other_examples_make_an
     assert second["scores_before"] != first["scores_before"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_measures_the_same(base: Path, capitals: Path, others: Path, tmp_path: Path) -> None:
     whole = make_job(base, capitals, tmp_path / "whole", evaluate=asking(others))
     torn = make_job(base, capitals, tmp_path / "torn", evaluate=asking(others))

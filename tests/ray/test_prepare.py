@@ -26,6 +26,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 TOKENIZER = tiny.tokenizer()
 
 
+@pytest.fixture(autouse=True, params=[16, 0], ids=["read by this process", "read by tasks"])
+def _read_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_READ_HERE", request.param)
+
+
 def job(folder: Path, *sources: dict[str, Any], **data: Any) -> JobSpec:
     return parse_job(
         {

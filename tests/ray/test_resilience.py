@@ -76,6 +76,7 @@ def test_workers_of_a_driver_that_lost_the_run_write_nothing(
     assert Catalog.at(job.publish.catalog).list() == []
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_room_says_so(
     base: Path, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_run_that_waits_for_room_says_so(
     assert told == ["Waiting for room in the cluster: the run needs 1.5 CPU, and 1 are free"]
 
 
+@pytest.mark.slow
 def test_the_best_and_the_last_stay(base: Path, capitals: Path, tmp_path: Path) -> None:
     job = small(
         base,
@@ -115,6 +117,7 @@ def test_the_best_and_the_last_stay(base: Path, capitals: Path, tmp_path: Path) 
     assert stay == {min(steps, key=lambda step: steps[step]), 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_disk", ["tmpfs"], indirect=True)
 def test_a_bucket_that_fills_ends_the_run_and_the_last_checkpoint_stays(
     base: Path, capitals: Path, small_disk: Path

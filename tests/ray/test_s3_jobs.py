@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pytest
 import tiny
 import yaml
 from botocore.config import Config
+from faultproxy import Fault, FaultProxy, Request
+
+from raytune_ft.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
@@ -25,6 +29,7 @@ TASKS = [
     "task1318_country_national_dish",
     "task1426_country_independence_year",
 ]
+OUTAGE_S = 20.0
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -109,7 +114,7 @@ def train(task: str, workspace: Path, *more: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize(
-    "tasks", [TASKS[:2], pytest.param(TASKS, marks=[pytest.mark.slow, pytest.mark.chaos])]
+    "tasks", [TASKS[:1], pytest.param(TASKS, marks=[pytest.mark.slow, pytest.mark.chaos])]
 )
 def test_tasks_trained_evaluated_and_published(
     tasks: Sequence[str],
@@ -177,3 +182,27 @@ def test_a_bucket_that_does_not_exist(workspace: Path, bucket: str, monkeypatch:
     assert refused.returncode == 4
     assert "no-such-bucket" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_training_goes_on_while_the_store_is_away(
+    fault_proxy: FaultProxy, workspace: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", bucket)
+    began: list[float] = []
+
+    def outage(request: Request) -> Fault | None:
+        if not began and request.method == "PUT" and "/checkpoint_" in request.path:
+            began.append(time.monotonic())
+        return Fault.UNAVAILABLE if began and time.monotonic() - began[0] < OUTAGE_S else None
+
+    fault_proxy.plan = outage
+    done = train(TASKS[0], workspace, "--set", "schedule.steps=45", "--set", "checkpoint.every_steps=15")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 45
+    runs = open_storage(f"s3://{bucket}/adapters/runs")
+    newest = max(found.key for found in runs.list() if found.key.endswith("position.json"))
+    history = json.loads(runs.read(newest))["history"]
+    assert history[14]["upload_seconds"] > OUTAGE_S / 2
+    assert history[14]["checkpoint_seconds"] < OUTAGE_S / 4

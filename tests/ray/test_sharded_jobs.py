@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_job  # type: ignore[import-not-found]  # this folder's
+from conftest import kill_once_kept, make_job  # type: ignore[import-not-found]  # this folder's
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,9 +24,7 @@ def sharded_job(base: Path, capitals: Path, catalog: Path, **cluster: Any) -> Jo
         method={"kind": "full"},
         # Adam divides by the gradient's own size, so a small epsilon would blow up the rounding of tiny ones.
         optimizer={"learning_rate": 1.0e-3, "epsilon": 1.0e-4},
-        schedule={"steps": 4},
-        checkpoint={"every_steps": 2},
-        cluster={"workers": 2, **cluster},
+        cluster=cluster,
     )
 
 
@@ -36,12 +34,17 @@ def published(job: JobSpec, to: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_divided_weights_become_the_model_that_whole_ones_become(
+def test_divided_weights_become_the_model_that_whole_ones_become_also_when_a_worker_is_killed(
     base: Path, capitals: Path, tmp_path: Path
 ) -> None:
     whole = sharded_job(base, capitals, tmp_path / "whole")
-    divided = sharded_job(base, capitals, tmp_path / "divided", zero_stage=3)
-    expected, result = train(whole, tmp_path / "out0"), train(divided, tmp_path / "out3")
+    divided = sharded_job(base, capitals, tmp_path / "divided", elastic=[1, 2], zero_stage=3)
+    killed: list[int] = []
+    expected = train(whole, tmp_path / "out0")
+    result = train(
+        divided, tmp_path / "out3", on_event=kill_once_kept(divided.publish.catalog, killed, workers=1)
+    )
+    assert len(killed) == 1
     assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert result["scores_before"] == pytest.approx(expected["scores_before"], abs=1e-5)
     assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]

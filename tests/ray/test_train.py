@@ -144,6 +144,7 @@ class TestKilled:
         assert result["scores_before"] == reference[1]["scores_before"]
         assert equal(reference[2], adapter(job.publish.catalog, "capitals", tmp_path / "pulled"))
 
+    @pytest.mark.slow
     def test_a_changed_base_is_trained_on_anew(self, job: JobSpec, tmp_path: Path) -> None:
         own = tiny.save_base(tmp_path / "own")
         quick = changed(
@@ -165,6 +166,7 @@ class TestKilled:
         )
         assert again["scores_after"]["token_loss"] < again["scores_before"]["token_loss"]
 
+    @pytest.mark.slow
     def test_restart_trains_again_and_publishes_the_next_version(self, job: JobSpec, tmp_path: Path) -> None:
         quick = changed(job, schedule={"steps": 2}, evaluate={"metrics": []})
         assert train(quick, tmp_path / "out")["version"] == 1
@@ -173,7 +175,7 @@ class TestKilled:
 
 class TestMethods:
     @pytest.mark.parametrize(
-        "optimizer", ["adamw_8bit", "paged_adamw_32bit"], ids=["8-bit optimizer", "paged optimizer"]
+        "optimizer", ["adamw_8bit", pytest.param("paged_adamw_32bit", marks=pytest.mark.slow)]
     )
     def test_four_bits(self, job: JobSpec, tmp_path: Path, optimizer: str) -> None:
         quick = changed(
@@ -185,6 +187,7 @@ class TestMethods:
         result = train(quick, tmp_path / "out")
         assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]
 
+    @pytest.mark.slow
     def test_full_publishes_a_model_that_trains_further(self, job: JobSpec, tmp_path: Path) -> None:
         full = changed(
             job,
@@ -265,6 +268,7 @@ class TestRefused:
         )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_pad_token(job: JobSpec, tmp_path: Path) -> None:
     bare = tiny.save_base(tmp_path / "bare", pad_token=False)
     quick = changed(job, model={"path": str(bare), "weight_bits": 32}, schedule={"steps": 2})

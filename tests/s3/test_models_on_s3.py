@@ -100,7 +100,7 @@ def test_a_copy_that_broke_off_goes_on(
     cache: Path, fault_proxy: FaultProxy, base: Storage, saved: Path
 ) -> None:
     folder = model_folder(base.uri)
-    (folder / "model.safetensors").rename(folder / ".model.safetensors.4711")
+    (folder / "model.safetensors").rename(folder / ".model.safetensors.partial")
     fault_proxy.requests.clear()
     assert base_digest(model_folder(base.uri)) == base_digest(saved)
     assert downloads(fault_proxy) == ["model.safetensors"]

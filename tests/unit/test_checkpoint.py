@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,9 +12,16 @@ import torch
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
-from raytune_ft.spec import LoraSpec, OptimizerSpec
+from raytune_ft.spec import JobSpec, LoraSpec, OptimizerSpec, parse_job
 from raytune_ft.train.bank import Bank, BankEngine
-from raytune_ft.train.checkpoint import SCHEMA_VERSION, Position, read_position, write_checkpoint
+from raytune_ft.train.checkpoint import (
+    SCHEMA_VERSION,
+    Position,
+    choice_holds,
+    memory_settings,
+    read_position,
+    write_checkpoint,
+)
 
 POSITION = Position(
     step=3,
@@ -93,3 +101,38 @@ def test_another_method(checkpoint: Path) -> None:
     with pytest.raises(ModelError) as caught:
         engine(rank=8).load(checkpoint)
     assert str(caught.value) == "the checkpoint is of another model or method; --restart starts over"
+
+
+def job(**sections: Any) -> JobSpec:
+    return parse_job(
+        {
+            "name": "j",
+            "model": {"path": "base", "weight_bits": 32},
+            "data": {"sources": [{"uri": "d.jsonl"}]},
+            "publish": {"catalog": "c"},
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "workers", "device_bytes", "holds"),
+    [
+        ({}, 3, 100, True),
+        ({"optimizer": {"learning_rate": 1.0}}, 3, 100, True),
+        ({}, 2, 100, False),
+        ({}, 3, 17, False),
+        ({"cluster": {"zero_stage": 2}}, 3, 100, False),
+        ({"cluster": {"zero_stage": 3, "offload": "optimizer"}}, 3, 100, False),
+        ({"batch": {"sequences_per_worker": 1}}, 3, 100, False),
+        ({"model": {"path": "base", "weight_bits": 32, "gradient_checkpointing": True}}, 3, 100, False),
+        ({"model": {"path": "base", "weight_bits": 32, "resident": "packed"}}, 3, 100, False),
+    ],
+)
+def test_a_choice_holds_where_it_fits_and_the_job_says_the_same(
+    checkpoint: Path, sections: dict[str, Any], workers: int, device_bytes: int, holds: bool
+) -> None:
+    written = replace(POSITION, chosen_for=memory_settings(job()))
+    write_checkpoint(checkpoint, engine(), written)
+    kept = read_position(checkpoint, data_fingerprint="data", base_digest="base")
+    assert choice_holds(kept, job(**sections), workers=workers, device_bytes=device_bytes) is holds

@@ -230,6 +230,14 @@ class TestBase:
         saved(tmp_path, tiny.bert(classes=5))
         assert load_base(spec(tmp_path), device=CPU).classifier.out_features == 3
 
+    @pytest.mark.parametrize("classes", [2, 5])
+    def test_a_base_for_another_number_of_classes_is_not_divided_while_it_loads(
+        self, tmp_path: Path, classes: int
+    ) -> None:
+        saved(tmp_path, tiny.bert(classes=classes))
+        with pytest.raises(ModelError, match=rf"{classes} classes, and model.labels names 3; .* use 1 or 2"):
+            load_base(spec(tmp_path), device=None)
+
     def test_a_missing_weight_of_the_body_is_refused(self, tmp_path: Path) -> None:
         model = tiny.bert()
         kept = {n: v for n, v in model.state_dict().items() if not n.endswith("1.output.dense.weight")}

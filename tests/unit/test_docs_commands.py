@@ -207,6 +207,13 @@ def check_pytest(arguments: list[str]) -> None:
             assert (ROOT / argument).exists()
 
 
+def check_script(arguments: list[str]) -> None:
+    source = (ROOT / arguments[0]).read_text(encoding="utf-8")
+    assert "if __name__" in source
+    for option in arguments[1:]:
+        assert not option.startswith("-") or f'"{option}"' in source
+
+
 def check_nothing(arguments: list[str]) -> None:
     """Commands of others, with what they are given."""
     assert arguments is not None
@@ -217,6 +224,7 @@ CHECKS = {
     "make": check_make,
     "pip": check_pip,
     ".venv/bin/pytest": check_pytest,
+    ".venv/bin/python": check_script,
     "tensorboard": lambda arguments: check_installed("tensorboard", arguments),
     "export": check_nothing,
     "openssl": check_nothing,

@@ -1,5 +1,6 @@
 """The published model is the trained one, and no rank held it. Real DeepSpeed engines over gloo."""
 
+import importlib
 import json
 import weakref
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from raytune_ft.train.export import export_full
+from raytune_ft.train.export import _write_configs, export_full
 
 LAYERS = 6
 SHARD_BYTES = 20_000
@@ -167,6 +168,21 @@ def test_a_model_that_fits_one_file_has_no_index(folder: Path) -> None:
         "generation_config.json",
         "model.safetensors",
     ]
+
+
+def test_code_of_its_own_is_published_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("modeling_own").Own
+    own.register_for_auto_class("AutoModelForCausalLM")
+    published = tmp_path / "published"
+    published.mkdir()
+    _write_configs(own(tiny.llama().config), published)
+    assert (published / "modeling_own.py").read_text() == (tmp_path / "modeling_own.py").read_text()
+    config = json.loads((published / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_own.Own"}
 
 
 def test_no_rank_holds_the_model_to_publish_it(folder: Path) -> None:

@@ -6,11 +6,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ from stores import WrappedStorage
 
 from raytune_ft.catalog.layout import numbered
 from raytune_ft.errors import RunHeld, StorageError
-from raytune_ft.storage import FolderStorage, Storage, open_storage
+from raytune_ft.storage import FolderStorage, ObjectInfo, Storage, open_storage
+from raytune_ft.train import lease as lease_module
 from raytune_ft.train.lease import LEASE, Holder, Lease, check_holds, hold, newest_entry
 
 RENEW_S = 0.05
@@ -132,8 +134,6 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path)
 def test_a_live_process_of_this_machine_is_refused_at_once(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        import psutil
-
         started = psutil.Process(other.pid).create_time()
         left_by(storage, replace(Holder.here("theirs"), pid=other.pid, process_started_at=started))
         with pytest.raises(RunHeld, match=f"process {other.pid}, "), hold(storage, "ours", on_wait=quiet):
@@ -202,6 +202,26 @@ def test_a_lost_answer_is_no_refusal(tmp_path: Path) -> None:
         lease.check()
 
 
+class HalfSeenStorage(WrappedStorage):
+    """Is listed as a folder in the moment of a renewal: one entry is not seen yet, the other is gone."""
+
+    hidden = 1
+
+    def list(self, prefix: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
+        if self.hidden:
+            self.hidden -= 1
+            return iter(())
+        return super().list(prefix, limit)
+
+
+def test_a_look_in_the_moment_of_a_renewal_is_no_loss(tmp_path: Path) -> None:
+    storage = HalfSeenStorage(FolderStorage(tmp_path))
+    with hold(storage, "ours", on_wait=quiet):
+        storage.hidden = 1
+        check_holds(storage, "ours")
+        assert not storage.hidden
+
+
 def test_an_old_number_that_is_created_again_holds_nothing(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
 
@@ -246,3 +266,39 @@ def test_nobody_renews_what_another_took(actions: list[tuple[int, str]]) -> None
                 written.append((token, action))
             entry = newest_entry(storage)
             assert (entry.number if entry else 0) == newest
+
+
+def test_a_process_that_is_hidden_may_be_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        holder = replace(Holder.here("theirs"), pid=other.pid)
+        monkeypatch.setattr(psutil, "Process", hidden)
+        assert holder.alive() is None
+        other.kill()
+        other.communicate()
+    assert holder.alive() is False
+
+
+def hidden(pid: int) -> psutil.Process:
+    """As where /proc shows a user its own processes alone."""
+    raise psutil.NoSuchProcess(pid)
+
+
+def test_a_store_that_hangs_keeps_nobody_who_wants_to_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_RELEASE_S", 0.1)
+    goes_on = threading.Event()
+
+    class Hanging(WrappedStorage):
+        def write_once(self, key: str, data: bytes) -> bool:
+            assert key == numbered(LEASE, 1) or goes_on.wait(20)
+            return super().write_once(key, data)
+
+    storage = open_storage(str(tmp_path))
+    began = time.monotonic()
+    with hold(Hanging(storage), "ours", on_wait=quiet):
+        pass
+    assert time.monotonic() - began < 15
+    check_holds(storage, "ours")
+    goes_on.set()
+    wait_until(lambda: bool((entry := newest_entry(storage)) and entry.holder.released))

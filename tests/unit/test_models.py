@@ -1,8 +1,10 @@
 """Base models and tokenizers: what loads, what is refused, and in which words."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import ModelError
-from raytune_ft.models import base_digest, base_identity, load_base, load_tokenizer, model_folder, read_facts
+from raytune_ft.models import (
+    _from_bucket,
+    base_digest,
+    base_identity,
+    load_base,
+    load_tokenizer,
+    model_folder,
+    read_facts,
+)
 from raytune_ft.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -55,6 +65,24 @@ class TestFolder:
     @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}", "{}/"])
     def test_a_folder_is_used_as_it_is(self, base: Path, form: str) -> None:
         assert model_folder(form.format(base)) == base
+
+    def test_a_copy_that_another_worker_makes_is_waited_for(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "cache"))
+        copy = _from_bucket(str(base), weights=False)
+        (copy / ".model.safetensors.partial").write_bytes(b"what a worker left that was killed")
+        weights = copy / "model.safetensors"
+        with copy.with_name(f".{copy.name}.lock").open() as lock, ThreadPoolExecutor() as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = pool.submit(_from_bucket, str(base), True)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            weights.write_bytes(b"the other's")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert waiting.result() == copy
+        assert weights.read_bytes() == b"the other's"
+        assert not [file.name for file in copy.iterdir() if file.name.startswith(".")]
 
     def test_the_home_folder(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(base.parent))
@@ -206,7 +234,8 @@ class TestBrokenModel:
         [
             (b"{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
             (b"\xff", "not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-            (b"[]", "not a model's config: 'list' object has no attribute 'get'"),
+            (b"[]", "not a model's config: holds a list, not an object"),
+            (b"null", "not a model's config: holds a NoneType, not an object"),
         ],
     )
     def test_a_config_that_is_none(self, base: Path, content: bytes, complaint: str) -> None:

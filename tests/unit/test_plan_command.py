@@ -150,12 +150,14 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24 apples", "-1GiB", "0", "1e9", "nan", "24GiB!"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "24 apples", "-1GiB", "0", "1e9", "nan", "24GiB!", "9" * 400, f"1.{'0' * 400}1"]
+)
 def test_no_sizes(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_size(text)
     assert str(caught.value) == (
-        f"--gpu-memory {text}: write a number above 0 and a unit, such as 24GiB or 80GB"
+        f"--gpu-memory {text:.60}: write a number above 0 and a unit, such as 24GiB or 80GB"
     )
 
 

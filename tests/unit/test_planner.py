@@ -66,6 +66,7 @@ SHAPES: dict[str, transformers.PreTrainedConfig] = {
     "phi-two-matrices": transformers.PhiConfig(num_hidden_layers=4),
     "mixtral-experts": transformers.MixtralConfig(num_hidden_layers=2),
     "qwen3-small-experts": transformers.Qwen3MoeConfig(num_hidden_layers=2),
+    "deepseek-shared-experts": transformers.DeepseekV3Config(num_hidden_layers=2, first_k_dense_replace=0),
 }
 
 
@@ -112,6 +113,8 @@ class TestFacts:
         assert found.embedding_parameters == sum(weight.numel() for weight in embeddings)
 
     def test_the_text_part_of_a_larger_config(self) -> None:
+        with pytest.raises(ModelError, match=r"config.json: text_config: must be an object"):
+            ModelFacts.from_config({"text_config": [1]})
         text = {
             "hidden_size": 64,
             "num_hidden_layers": 2,
@@ -137,7 +140,54 @@ class TestFacts:
         with pytest.raises(ModelError) as caught:
             read_facts(tmp_path)
         assert str(caught.value) == (
-            f"{tmp_path / 'config.json'} has none of {names}; so this is no causal language model"
+            f"{tmp_path / 'config.json'} has none of {names}: not the config of a language model; "
+            "name the folder of one in model.path"
+        )
+
+    @pytest.mark.parametrize(
+        ("field", "value", "said"),
+        [
+            ("hidden_size", -2048, "-2048"),
+            ("num_hidden_layers", 0, "0"),
+            ("vocab_size", True, "true"),
+            ("head_dim", 64.5, "64.5"),
+            ("num_key_value_heads", "8", '"8"'),
+            ("intermediate_size", [4096], "[4096]"),
+            ("num_local_experts", 8.0, "8.0"),
+            ("max_position_embeddings", float("inf"), "Infinity"),
+        ],
+    )
+    def test_a_dimension_that_is_none(self, field: str, value: Any, said: str) -> None:
+        with pytest.raises(ModelError) as caught:
+            facts(**{field: value})
+        assert str(caught.value) == f"config.json: {field} = {said}: must be a whole number above 0"
+
+    def test_a_dimension_beyond_all_models(self) -> None:
+        with pytest.raises(ModelError, match=r"config.json: hidden_size: must be 1,000,000,000,000 or less"):
+            facts(hidden_size=10**400)
+
+    def test_a_config_that_is_nested_too_deeply(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("[" * 100_000)
+        with pytest.raises(ModelError, match="not JSON"):
+            read_facts(tmp_path)
+
+    def test_routed_and_shared_experts(self) -> None:
+        dense = facts().parameters
+        matrices = 8 * 3 * 1024
+        routed = {"n_routed_experts": 64, "moe_intermediate_size": 512}
+        assert facts(**routed).parameters - dense == matrices * (64 * 512 - 4096)
+        assert facts(**routed, n_shared_experts=2).parameters - dense == matrices * (66 * 512 - 4096)
+        assert facts(num_experts=0, n_shared_experts=0, num_experts_per_tok=2).parameters == dense
+
+    @pytest.mark.parametrize("inner", [False, True])
+    def test_experts_that_cannot_be_counted(self, inner: bool) -> None:
+        experts = {"moe_num_experts": 16, "moe_top_k": 4}
+        with pytest.raises(ModelError) as caught:
+            facts(**({"ffn_config": experts} if inner else experts))
+        assert str(caught.value) == (
+            "config.json: moe_num_experts = 16: experts under a name that is not known here, so they "
+            "cannot be counted; say it as num_local_experts or num_experts or n_routed_experts or "
+            "n_shared_experts too"
         )
 
     def test_encoders_and_decoders(self, tmp_path: Path) -> None:
@@ -451,6 +501,21 @@ class TestSharding:
         states = zero_states(2 * parameters, 2 * parameters, 12 * parameters, stage=stage, workers=64)
         assert sum(states) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
+    def test_a_quantised_base_is_whole_before_it_is_divided(self) -> None:
+        """Beside it on the device: nothing yet."""
+        shape = facts(num_hidden_layers=80, hidden_size=8192, intermediate_size=28672)
+        cluster = {"zero_stage": 3, "workers": 8}
+        spec = job(model={"path": "org/base", "weight_bits": 4}, cluster=cluster)
+        whole = weight_bytes(shape, spec.model, "packed")
+        plan = memory_plan(shape, spec, resident="packed", tokens_per_forward=512)
+        assert plan.weights < whole / 7
+        assert plan.total == whole
+        crowded = memory_plan(shape, spec, resident="packed", tokens_per_forward=1 << 20)
+        assert crowded.total > whole
+        assert crowded.workspace < plan.workspace
+        with pytest.raises(ModelError):
+            choose(spec, shape, whole)
+
     @given(st.tuples(*[st.integers(0, 10**13)] * 3), st.integers(1, 4096), st.integers(1, 3))
     def test_all_workers_together_hold_everything(
         self, states: tuple[int, int, int], workers: int, stage: int
@@ -566,24 +631,24 @@ class TestOptions:
         [
             (150, 4, [""]),
             (90, 4, ["cluster.zero_stage: 1"]),
-            (50, 4, ["cluster.zero_stage: 2"]),
-            (42, 4, ["cluster.zero_stage: 3"]),
+            (52, 4, ["cluster.zero_stage: 2"]),
+            (46, 4, ["cluster.zero_stage: 3"]),
             (
                 24,
                 4,
                 [
                     "cluster.zero_stage: 2, cluster.offload: optimizer "
                     "(24.61 GiB of the host's memory for each worker)",
-                    "cluster.workers: 16, cluster.zero_stage: 3",
+                    "cluster.workers: 10, cluster.zero_stage: 3",
                 ],
             ),
             (
-                12.8,
+                15,
                 1,
                 [
                     "cluster.zero_stage: 3, cluster.offload: parameters "
                     "(110.76 GiB of the host's memory for each worker)",
-                    "cluster.workers: 32, cluster.zero_stage: 3",
+                    "cluster.workers: 29, cluster.zero_stage: 3",
                 ],
             ),
         ],
@@ -594,6 +659,26 @@ class TestOptions:
         assert [settings(spec, option) for option in found] == expected
         for option in found:
             assert option.given.total <= device * USABLE
+
+    @given(st.floats(8, 200), st.sampled_from([1, 2, 5]), st.sampled_from(["auto", 1, 3]))
+    @hypothesis_settings(max_examples=10, deadline=None)
+    def test_no_fewer_workers_fit(self, device_gib: float, workers: int, per_worker: Any) -> None:
+        device, batch = int(device_gib * GIB), {"sequences": 30, "sequences_per_worker": per_worker}
+        spec = full(batch=batch, cluster={"workers": workers})
+        found = [option.sharding.workers for option in alternatives(spec, self.BIG, device)]
+        more = [count for count in found if count > workers]
+        for count in range(workers + 1, more[0] if more else 31):
+            if per_worker == "auto" or 30 % (per_worker * count) == 0:
+                fewer = options(full(batch=batch, cluster={"workers": count}), self.BIG, device)
+                plain = [option for option in fewer if option.sharding.offload == "none" and option.fits]
+                assert not plain or found == [workers], (count, found)
+
+    def test_an_elastic_job_has_options_of_its_own(self) -> None:
+        batch = {"sequences": 32, "sequences_per_worker": 8}
+        spec = full(batch=batch, cluster={"elastic": (2, 4), "zero_stage": 2})
+        assert len(options(spec, self.BIG, None)) == 7
+        (first, *_) = alternatives(spec, self.BIG, 60 * GIB)
+        assert (first.sharding.workers, first.job.cluster.elastic) == (2, (2, 4))
 
     @given(st.floats(1, 300), st.integers(0, 5).map(lambda n: 2**n), st.sampled_from([0, 1, 2, 3]))
     @hypothesis_settings(max_examples=30, deadline=None)
@@ -624,3 +709,18 @@ def test_max_tokens_above_the_positions() -> None:
     )
     check_max_tokens(job(data={**data, "max_tokens": 2048}), facts())
     check_max_tokens(job(data=data), facts(max_position_embeddings=None))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"n_positions": 1024}, 1024),
+        ({"n_positions": 512, "relative_attention_num_buckets": 32}, None),
+        ({"max_position_embeddings": 514, "relative_attention_num_buckets": 32}, 514),
+    ],
+    ids=["gpt2", "t5", "mpnet"],
+)
+def test_rows_of_a_model_that_sees_distances_alone_have_no_limit(
+    config: dict[str, int], positions: int | None
+) -> None:
+    assert facts(**{"max_position_embeddings": None, **config}).max_positions == positions

@@ -1,6 +1,5 @@
 """The planner's bytes against those that DeepSpeed really holds. Two real processes over gloo."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,12 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from sharding import join, run_group
 
 from raytune_ft.planner import ModelFacts, memory_plan
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.train.optimizers import make_optimizer
-from raytune_ft.train.sharded import join_group, zero_config
+from raytune_ft.train.sharded import zero_config
 
 WORKERS = 2
 CASES = [
@@ -67,12 +66,8 @@ def held_bytes(spec: JobSpec) -> tuple[dict[str, int], dict[str, Any]]:
     return held, model.config.to_dict()
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/group"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORKERS)
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORKERS))
-    join_group(torch.device("cpu"))
+def work(rank: int, world: int, folder: str) -> None:
+    join(rank, world, folder)
     found = {case: held_bytes(job(*case)) for case in CASES}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -81,7 +76,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("planned")
-    mp.spawn(work, args=(str(folder),), nprocs=WORKERS)
+    run_group(work, WORKERS, folder)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORKERS)]
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import math
-import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,22 +13,23 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
+from sharding import join, run_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from raytune_ft.data.pack import share
+from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods import METHODS
-from raytune_ft.models import load_base
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import bucket_elements
-from raytune_ft.spec import ClusterSpec, FullSpec, JobSpec, LoraSpec, ModelSpec, OptimizerSpec
-from raytune_ft.train.batch import Layout, Step, Tokens
+from raytune_ft.spec import ClusterSpec, FullSpec, JobSpec, LoraSpec, ModelSpec, OptimizerSpec, TrainOnlySpec
+from raytune_ft.train.batch import Classes, Continuations, Layout, Step, Tokens
 from raytune_ft.train.engine import Block
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
-from raytune_ft.train.sharded import ShardedEngine, join_group, zero_config
+from raytune_ft.train.sharded import ShardedEngine, divided_while_loading, zero_config
 
 _GOLDEN = importlib.util.spec_from_file_location(
     "golden_losses", Path(__file__).parents[1] / "golden" / "losses.py"
@@ -56,20 +59,36 @@ class Case(NamedTuple):
     offload: str = "none"
 
 
+class Group(NamedTuple):
+    """Cases that the same workers train, one after another."""
+
+    workers: int
+    cases: dict[str, Case]
+
+
 LORA = LoraSpec(rank=4, alpha=8)
-CASES = {
-    2: {
-        **{f"full-{stage}": Case(stage) for stage in (1, 2, 3)},
-        **{f"untied-{stage}": Case(stage, tied=False, checkpointing=True) for stage in (1, 2, 3)},
-        **{f"lora-{stage}": Case(stage, LORA) for stage in (1, 2, 3)},
-        **{f"nf4-{stage}": Case(stage, LORA, bits=4) for stage in (1, 2, 3)},
-        **{f"bf16-{stage}": Case(stage, bits=16) for stage in (1, 2, 3)},
-        "offload-optimizer-2": Case(2, offload="optimizer"),
-        "offload-optimizer-3": Case(3, offload="optimizer"),
-        "offload-parameters-3": Case(3, offload="parameters"),
-    },
-    1: {f"full-{stage}": Case(stage) for stage in (1, 2, 3)},
-    3: {f"full-{stage}": Case(stage) for stage in (1, 2, 3)},
+LAST = FullSpec(train_only=TrainOnlySpec(layers="last-1"))
+STAGES = (1, 2, 3)
+SMALL = 2.0**-9
+"""Lost beside 1 in bfloat16."""
+FULL = {f"full-{stage}": Case(stage) for stage in STAGES}
+SAMPLE = "sample"
+GROUPS = {
+    SAMPLE: Group(2, FULL),
+    "methods": Group(
+        2,
+        {
+            **{f"untied-{stage}": Case(stage, tied=False, checkpointing=True) for stage in STAGES},
+            **{f"last-{stage}": Case(stage, LAST) for stage in STAGES},
+            **{f"lora-{stage}": Case(stage, LORA) for stage in STAGES},
+            **{f"nf4-{stage}": Case(stage, LORA, bits=4) for stage in STAGES},
+            **{f"bf16-{stage}": Case(stage, bits=16) for stage in STAGES},
+            "offload-optimizer-2": Case(2, offload="optimizer"),
+            "offload-optimizer-3": Case(3, offload="optimizer"),
+            "offload-parameters-3": Case(3, offload="parameters"),
+        },
+    ),
+    **{f"workers-{workers}": Group(workers, FULL) for workers in (1, 3, 4)},
 }
 TOLERANCES = {32: (1e-5, 1e-4), 4: (2e-2, 2e-3), 16: (2e-2, 2e-3)}
 """Of losses and of weights: bfloat16 has 8 bits of mantissa."""
@@ -218,56 +237,112 @@ def golden_losses(stage: int, peers: Peers) -> list[float]:
     return found
 
 
+def summed(stage: int, peers: Peers) -> float:
+    """The norm of a gradient whose two workers' parts bfloat16 cannot hold in one number."""
+    import deepspeed
+
+    layer = nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
+    cluster = ClusterSpec.model_validate({"zero_stage": stage})
+    config = zero_config(cluster, weight_bits=16, max_grad_norm=None, parameters=4, hidden=4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    engine, *_ = deepspeed.initialize(model=layer, optimizer=optimizer, config=config)
+    part = SMALL if peers.rank else 1.0
+    # DeepSpeed takes the mean.
+    engine.backward(peers.count * engine(torch.full((1, 4), part, dtype=torch.bfloat16)).sum())
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def loaded_divided(path: Path, labels: tuple[str, ...], peers: Peers) -> tuple[set[torch.dtype], list[float]]:
+    """Dtypes of adapters on a 16-bit base that stage 3 divided while it was loaded, and their losses."""
+    spec = ModelSpec(path=str(path), weight_bits=16, labels=labels)
+    cluster = ClusterSpec.model_validate({"zero_stage": 3})
+    config = zero_config(cluster, weight_bits=16, max_grad_norm=1.0, parameters=10_000, hidden=3)
+    with divided_while_loading(config):
+        model = load_base(spec, device=None)
+    parameters = METHODS[LoraSpec].add(model, LORA, 0)
+    engine = ShardedEngine(model, parameters, OPTIMIZER, config, device=CPU, peers=peers)
+    kinds = Classes(3, lambda ids: int(ids[0]) % 3) if labels else Continuations()
+    layout = replace(LAYOUT, arrangement=kinds)
+    examples = [Tokens(np.arange(6, 6 + n), np.arange(n) >= n - 2) for n in (9, 14, 5, 22)]
+    steps = [Step(layout.batches(examples), 4, "", sources=1)] * 3
+    reports: list[StepReport] = []
+    fit(engine, steps, start=0, learning_rate=lambda _: 1e-2, report=reports.append, peers=peers)
+    return {p.dtype for p in parameters.values()}, [report.loss for report in reports]
+
+
+def answered_unevenly(base: Path, peers: Peers) -> int:
+    """Answers where a worker asks for longer ones than another, of weights that they hold together."""
+    engine = new_engine(Case(3), base, peers)
+    tokenizer = load_tokenizer(ModelSpec(path=str(base)))
+    tokens = 2 + 6 * peers.rank
+    prompts = [[7, 8, 9]]
+    return len(answer(engine.model, tokenizer, prompts, end_ids=[], max_new_tokens=tokens, batch_sequences=1))
+
+
 def work(rank: int, world: int, folder: str) -> None:
-    """One worker: trains all cases of its world, and writes what it found."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    join_group(CPU)
+    """One worker: trains all cases of the group that the folder is named for, and writes what it found."""
+    join(rank, world, folder)
     peers = Peers.current()
-    base = Path(folder) / "base"
+    base = Path(folder).parent / "base"
+    group = Path(folder).name
     found: dict[str, Any] = {}
-    for name, case in CASES[world].items():
+    for name, case in GROUPS[group].cases.items():
         kept = Path(folder) / name
         kept.mkdir(exist_ok=True)
         found[name] = train(case, base, kept, peers)
-    if world == 2:
-        found["blown"] = {stage: blow_up(stage, base, peers) for stage in (1, 2, 3)}
-        found["golden"] = {stage: golden_losses(stage, peers) for stage in (1, 2, 3)}
+    if group == SAMPLE:
+        found["blown"] = {stage: blow_up(stage, base, peers) for stage in STAGES}
+        found["golden"] = {stage: golden_losses(stage, peers) for stage in STAGES}
+        found["summed"] = {stage: summed(stage, peers) for stage in STAGES}
+        found["divided"] = {
+            labels: loaded_divided(base.with_name(name), labels, peers)
+            for name, labels in (("base", ()), ("classifier", ("a", "b", "c")))
+        }
+        found["answered"] = answered_unevenly(base, peers)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-Found = dict[tuple[int, int], dict[str, Any]]
-"""What each worker found, by world and rank."""
+Found = Callable[[str], list[dict[str, Any]]]
+"""What each worker of a group found."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("models") / "base", tiny.llama(hidden=32))
+    above = tmp_path_factory.mktemp("sharded")
+    tiny.save_base(above / "classifier", tiny.bert(), words=tiny.wordpiece())
+    return tiny.save_base(above / "base", tiny.llama(hidden=32))
 
 
 @pytest.fixture(scope="module")
-def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    results: Found = {}
-    for world in CASES:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        (folder / "base").symlink_to(base)
-        mp.spawn(work, args=(world, str(folder)), nprocs=world)
-        for rank in range(world):
-            results[world, rank] = torch.load(folder / f"{rank}.pt", weights_only=False)
+def found(base: Path) -> Found:
+    """Trains a group when the first test asks for it."""
+
+    @cache
+    def results(group: str) -> list[dict[str, Any]]:
+        folder = base.parent / group
+        folder.mkdir()
+        workers = GROUPS[group].workers
+        run_group(work, workers, folder)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers)]
+
     return results
 
 
-ALL = [(world, name) for world, cases in CASES.items() for name in cases]
+ALL = [
+    pytest.param(group, name, marks=() if group == SAMPLE else pytest.mark.slow)
+    for group, (_, cases) in GROUPS.items()
+    for name in cases
+]
 
 
-@pytest.mark.parametrize(("world", "name"), ALL)
-def test_it_trains_what_plain_torch_trains(world: int, name: str, found: Found, base: Path) -> None:
-    case = CASES[world][name]
+@pytest.mark.parametrize(("group", "name"), ALL)
+def test_it_trains_what_plain_torch_trains(group: str, name: str, found: Found, base: Path) -> None:
+    case = GROUPS[group].cases[name]
     losses, norms, weights = plain(case, base)
-    ours = found[world, 0][name]
+    ours = found(group)[0][name]
     loss_tolerance, weight_tolerance = TOLERANCES[case.bits]
     assert [r.loss for r in ours["reports"]] == pytest.approx(losses, abs=loss_tolerance)
     assert [r.grad_norm for r in ours["reports"]] == pytest.approx(norms, rel=10 * loss_tolerance)
@@ -275,20 +350,19 @@ def test_it_trains_what_plain_torch_trains(world: int, name: str, found: Found, 
         torch.testing.assert_close(ours["weights"][key], weight, rtol=0, atol=weight_tolerance)
 
 
-@pytest.mark.parametrize(("world", "name"), ALL)
-def test_a_run_that_goes_on_has_the_same_bits(world: int, name: str, found: Found) -> None:
-    for rank in range(world):
-        ours = found[world, rank][name]
+@pytest.mark.parametrize(("group", "name"), ALL)
+def test_a_run_that_goes_on_has_the_same_bits(group: str, name: str, found: Found) -> None:
+    for worker in found(group):
+        ours = worker[name]
         later = ours["reports"][KEPT_AT:]
         assert [(r.loss, r.grad_norm) for r in ours["resumed"]] == [(r.loss, r.grad_norm) for r in later]
         assert all(torch.equal(p, ours["resumed_weights"][key]) for key, p in ours["weights"].items())
 
 
-@pytest.mark.parametrize(("world", "name"), ALL)
-def test_all_workers_tell_the_same(world: int, name: str, found: Found) -> None:
-    first = found[world, 0][name]
-    for rank in range(1, world):
-        other = found[world, rank][name]
+@pytest.mark.parametrize(("group", "name"), ALL)
+def test_all_workers_tell_the_same(group: str, name: str, found: Found) -> None:
+    first, *others = (worker[name] for worker in found(group))
+    for other in others:
         assert [(r.loss, r.grad_norm) for r in other["reports"]] == [
             (r.loss, r.grad_norm) for r in first["reports"]
         ]
@@ -296,17 +370,45 @@ def test_all_workers_tell_the_same(world: int, name: str, found: Found) -> None:
     assert math.isfinite(first["evaluated"])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_leaves_the_weights(stage: int, found: Found) -> None:
-    for rank in range(2):
-        norm, weights_stand = found[2, rank]["blown"][stage]
+    for worker in found(SAMPLE):
+        norm, weights_stand = worker["blown"][stage]
         assert not math.isfinite(norm)
         assert weights_stand
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_the_kept_losses(stage: int, found: Found) -> None:
-    assert found[2, 0]["golden"][stage] == pytest.approx(golden.read("full-fp32"), abs=1e-4)
+    assert found(SAMPLE)[0]["golden"][stage] == pytest.approx(golden.read("full-fp32"), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_bfloat16_weights_add_up_in_float32(stage: int, found: Found) -> None:
+    assert found(SAMPLE)[0]["summed"][stage] == pytest.approx(2 * (1 + SMALL), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", [(), ("a", "b", "c")], ids=["text", "classes"])
+def test_adapters_of_a_base_that_was_divided_while_it_was_loaded(
+    labels: tuple[str, ...], found: Found
+) -> None:
+    dtypes, losses = found(SAMPLE)[0]["divided"][labels]
+    assert dtypes == {torch.bfloat16}
+    assert losses[-1] < losses[0]
+
+
+def test_workers_whose_answers_end_sooner_wait_for_the_others(found: Found) -> None:
+    assert [worker["answered"] for worker in found(SAMPLE)] == [1, 1]
+
+
+@pytest.mark.parametrize(("stage", "overlaps"), [(1, False), (2, True), (3, True)])
+def test_communication_overlaps_where_deepspeed_allows_it(
+    stage: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cluster = ClusterSpec.model_validate({"zero_stage": stage})
+    config = zero_config(cluster, weight_bits=16, max_grad_norm=1.0, parameters=100, hidden=8)
+    assert config["zero_optimization"]["overlap_comm"] is overlaps
 
 
 @pytest.mark.parametrize(
@@ -342,6 +444,11 @@ def test_offload_without_its_stage_is_refused(values: dict[str, Any], said: str)
             "method.unfreeze adds weights while it trains, and cluster.zero_stage = 3",
         ),
         ({"model": {"path": "b", "weight_bits": 8}}, "use 4, 16 or 32, or zero_stage 1 or 2"),
+        ({"model": {"path": "b", "compile": True}}, "use zero_stage 0, 1 or 2, or compile: false"),
+        (
+            {"model": {"path": "b", "compile": True}, "method": {"dropout": 0.1}, "cluster": {}},
+            "method.dropout = 0.1; use dropout: 0, or compile: false",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -1,6 +1,8 @@
 """T5 and BERT divided among two workers train what they train in one. Real processes over gloo."""
 
-import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from sharding import join, run_group
 from torch import Tensor
 
 from raytune_ft.data.pack import share
@@ -18,7 +20,7 @@ from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Classes, Layout, Pairs, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers
-from raytune_ft.train.sharded import ShardedEngine, join_group, zero_config
+from raytune_ft.train.sharded import ShardedEngine, zero_config
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -41,6 +43,9 @@ CASES = {
     for kind, method in (("full", FullSpec()), ("lora", LORA))
     for stage in (1, 2, 3)
 }
+SAMPLE = "sample"
+PARTS = {SAMPLE: ("t5-full-3", "bert-lora-2")}
+PARTS["others"] = tuple(name for name in CASES if name not in PARTS[SAMPLE])
 MODELS = {"t5": tiny.t5, "bert": tiny.bert}
 LAYOUTS = {
     "t5": Layout(True, 64, 2, None, 96, Pairs(eos_id=1, start_id=2)),
@@ -82,16 +87,14 @@ def divided(case: Case, peers: Peers) -> ShardedEngine:
 
 
 def work(rank: int, world: int, folder: str) -> None:
-    """One worker: trains all cases, and writes what it found."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    join_group(CPU)
+    """One worker: trains the part that the folder is named for, and writes what it found."""
+    join(rank, world, folder)
     from deepspeed.utils import safe_get_full_fp32_param
 
     peers = Peers.current()
     found: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
-    for name, case in CASES.items():
+    for name in PARTS[Path(folder).name]:
+        case = CASES[name]
         engine = divided(case, peers)
         losses = [report.loss for report in run(engine, case.family, peers)]
         whole = {key: safe_get_full_fp32_param(p).clone() for key, p in engine.parameters.items()}
@@ -101,21 +104,39 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+Found = Callable[[str], list[dict[str, Any]]]
+"""What each of two workers found of a part."""
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two workers found."""
-    folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, args=(2, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Trains a part when the first test asks for it."""
+    above = tmp_path_factory.mktemp("encoders")
+
+    @cache
+    def results(part: str) -> list[dict[str, Any]]:
+        folder = above / part
+        folder.mkdir()
+        run_group(work, 2, folder)
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    return results
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_it_trains_what_one_worker_trains(name: str, found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        pytest.param(part, name, marks=() if part == SAMPLE else pytest.mark.slow)
+        for part, names in PARTS.items()
+        for name in names
+    ],
+)
+def test_it_trains_what_one_worker_trains(part: str, name: str, found: Found) -> None:
     case = CASES[name]
     model = MODELS[case.family]().requires_grad_(False)
     bank = BankEngine(Bank(model), METHODS[type(case.method)].add(model, case.method, 0), OPTIMIZER)
     expected = [report.loss for report in run(bank, case.family, Peers())]
-    for losses, weights in (worker[name] for worker in found):
+    for losses, weights in (worker[name] for worker in found(part)):
         assert losses == pytest.approx(expected, abs=1e-5)
         for key, weight in bank.masters.items():
             torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-4)

@@ -67,6 +67,18 @@ PROBLEMS = [
     (["data.sources.0.urii=x"], "  data.sources[0].urii: no such field; did you mean data.sources[0].uri?"),
     (["model.weight_bits=5"], "  model.weight_bits = 5: must be 4, 8, 16 or 32"),
     (["method.rank=-1"], "  method.rank = -1: must be greater than 0"),
+    (["optimizer.learning_rate=.inf"], "  optimizer.learning_rate = inf: must be a finite number"),
+    (["optimizer.weight_decay=.nan"], "  optimizer.weight_decay = nan: must be a finite number"),
+    (
+        ["cluster.workers=40"],
+        "  cluster.workers = 40 has more workers than a step has examples, batch.sequences = 32; use 32 "
+        "workers or fewer",
+    ),
+    (
+        ["cluster.elastic=[2, 40]"],
+        "  cluster.elastic = [2, 40] has more workers than a step has examples, batch.sequences = 32; use 32 "
+        "workers or fewer",
+    ),
     (["method.kind=loraa"], "  method.kind = 'loraa': must be one of 'lora', 'full'"),
     (
         ["method.kind=full", "method.rank=3"],

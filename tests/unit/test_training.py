@@ -53,13 +53,15 @@ def engine(
     model: PreTrainedModel | None = None,
     optimizer: OptimizerSpec = FP32,
     checkpointing: bool = False,
+    compiled: bool = False,
     seed: int = 0,
 ) -> BankEngine:
     base = model or tiny.llama()
     base.requires_grad_(False)
     spec = method or LoraSpec(rank=4, alpha=8)
     parameters = METHODS[type(spec)].add(base, spec, seed)
-    return BankEngine(Bank(base, gradient_checkpointing=checkpointing), parameters, optimizer)
+    bank = Bank(base, gradient_checkpointing=checkpointing, compiled=compiled)
+    return BankEngine(bank, parameters, optimizer)
 
 
 def train(
@@ -222,6 +224,27 @@ class TestLoss:
         assert all(torch.equal(a[well], b[well]) for a, b in zip(*found, strict=True))
         assert found[1][1].isnan().tolist() == [False, True, False, False, True, False]
 
+    def test_the_gradient_of_a_bfloat16_head_is_rounded_once(self) -> None:
+        torch.manual_seed(0)
+        hidden, labels = torch.randn(512, 16), torch.randint(0, 32, (512,))
+        values = 0.1 * torch.randn(32, 16)
+
+        def gradient(dtype: torch.dtype, chunk: int) -> torch.Tensor:
+            weight = nn.Parameter(values.to(dtype))
+            scale = torch.full((512,), 1 / 512)
+            objective, _ = chunked_cross_entropy(
+                hidden.to(dtype), labels, scale, lambda h: h @ weight.T, [weight], chunk
+            )
+            objective.backward()
+            assert weight.grad is not None
+            assert weight.grad.dtype == dtype
+            return weight.grad.float()
+
+        expected = gradient(torch.float32, 512)
+        for chunk in (512, 4):
+            error = (gradient(torch.bfloat16, chunk) - expected).norm() / expected.norm()
+            assert error < 0.005
+
     def test_a_frozen_head_gets_no_gradient(self) -> None:
         head = nn.Linear(8, 11).requires_grad_(False)
         hidden = torch.randn(4, 8, requires_grad=True)
@@ -268,6 +291,19 @@ class TestEngine:
         train(resumed, steps[3:], start=3)
         assert all(torch.equal(p, resumed.parameters[n]) for n, p in whole.parameters.items())
 
+    @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt"])
+    @pytest.mark.parametrize("kept", [None, 0, 1, 50, -20])
+    def test_a_damaged_checkpoint_is_refused(self, tmp_path: Path, name: str, kept: int | None) -> None:
+        bank = engine()
+        train(bank, some_steps(1))
+        bank.save(tmp_path)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        if kept is not None:
+            (tmp_path / name).write_bytes(data[:kept])
+        with pytest.raises(ModelError, match=r"cut short or damaged .*start over with --restart"):
+            bank.load(tmp_path)
+
     def test_a_base_with_dropout_of_its_own_resumes_bit_for_bit(self, tmp_path: Path) -> None:
         def bank() -> BankEngine:
             model = tiny.gpt2()
@@ -311,6 +347,20 @@ class TestEngine:
         train(one, some_steps(3))
         train(other, some_steps(3))
         assert all(torch.equal(p, other.parameters[n]) for n, p in one.parameters.items())
+
+    @pytest.mark.slow
+    # torch's own, while it imports its compiler.
+    @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+    def test_compiled_passes_change_rounding_only(self) -> None:
+        steady = OptimizerSpec(learning_rate=1e-3, epsilon=1e-5)
+        one, other = engine(optimizer=steady), engine(optimizer=steady, compiled=True)
+        counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        first, second = train(one, some_steps(4), rate=1e-3), train(other, some_steps(4), rate=1e-3)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > counted
+        assert [r.loss for r in first] == pytest.approx([r.loss for r in second], abs=1e-5)
+        for name, parameter in one.parameters.items():
+            torch.testing.assert_close(parameter, other.parameters[name], rtol=0, atol=1e-4)
 
     def test_a_bfloat16_base_trains_through_float32_masters(self) -> None:
         bank = engine(

@@ -1,0 +1,62 @@
+"""An error that no lost worker explains ends a run at once, on any number of workers."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from raytune_ft.errors import TrainingError
+from raytune_ft.spec import parse_job
+from raytune_ft.train import worker
+from raytune_ft.train.assignment import Assignment, TrainingData, train_worker
+from raytune_ft.train.placement import Placement
+from raytune_ft.train.progress import recorded_failure
+from raytune_ft.train.run import RunState
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+def assignment(workers: int) -> Assignment:
+    values = {
+        "name": "j",
+        "model": {"path": "base"},
+        "data": {"sources": [{"uri": "d.jsonl"}]},
+        "publish": {"catalog": "c"},
+        "cluster": {"workers": workers},
+    }
+    state, data = RunState(1, "attempt", "data", "base"), cast(TrainingData, None)
+    return Assignment(parse_job(values), state, data, uuid.uuid4().hex, Placement(False, 1, 1.0, 1))
+
+
+def raising(error: Exception) -> Callable[[Any], None]:
+    def run_recipe(_: Any) -> None:
+        raise error
+
+    return run_recipe
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), ValueError("x"), KeyError("x"), NotImplementedError("x")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_is_told_and_not_retried(error: Exception, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "run_recipe", raising(error))
+    given = assignment(workers)
+    said = f"the worker failed: {type(error).__name__}: {error}"
+    if workers == 1:
+        found = train_worker({"assignment": given})
+    else:
+        with pytest.raises(TrainingError):
+            train_worker({"assignment": given})
+        found = recorded_failure(given.channel)
+    assert (type(found), str(found)) == (TrainingError, said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), ConnectionError("x")])
+def test_what_a_lost_worker_explains_is_left_to_ray(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "run_recipe", raising(error))
+    given = assignment(2)
+    with pytest.raises(type(error)):
+        train_worker({"assignment": given})
+    assert recorded_failure(given.channel) is None
