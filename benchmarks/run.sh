@@ -35,3 +35,9 @@ peer_python=(--peer-python "$PWD/$peer/bin/python")
 "$bin/python" benchmarks/catalog.py --mlflow-python "$PWD/$mlflow/bin/python" "${write[@]}"
 "$bin/python" benchmarks/job_vs_trl.py "${peer_python[@]}" --repeats 2 "${write[@]}"
 "$bin/python" benchmarks/sharded.py "${peer_python[@]}" --repeats 2 "${write[@]}"
+"$bin/python" benchmarks/fleet.py "${peer_python[@]}" --repeats 2 "${write[@]}"
+"$bin/python" benchmarks/fleet_queue.py "${write[@]}"
+# Alone where there is a GPU: it needs no Ray, and the other benchmarks are for CPUs.
+if "$bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    "$bin/python" benchmarks/fleet_gpu.py "${write[@]}"
+fi

@@ -52,6 +52,10 @@ class OutOfMemory(TrainingError):
     """The device's memory does not hold the step."""
 
 
+class DeviceFailed(TrainingError):
+    """The device does not go on, whoever computes on it. Another process may, or another device."""
+
+
 class RunHeld(TrainingError):
     """Another driver is at work on the run."""
 

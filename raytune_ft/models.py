@@ -49,13 +49,18 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
     """
     if path.startswith("s3://"):
         return _from_bucket(path, weights)
-    if path.startswith("file://") or Path(path).expanduser().exists():
+    if _is_folder(path):
         folder = local_path(path).expanduser()
         if not folder.is_dir():
             raise ModelError(f"model.path = {path}: no such folder")
         check_files(path, [file.name for file in folder.iterdir()])
         return folder
     return _from_hub(path, weights)
+
+
+def _is_folder(path: str) -> bool:
+    """Whether a model's path means this machine's disk, and neither a bucket nor the Hub."""
+    return path.startswith("file://") or Path(path).expanduser().exists()
 
 
 def check_files(path: str, names: Iterable[str]) -> None:
@@ -152,11 +157,11 @@ def read_facts(folder: Path) -> ModelFacts:
 def base_identity(path: str) -> str:
     """Which base stands at `path` now, without fetching its weights.
 
-    Of a bucket's objects the etags, of the Hub the revision, of a folder the digest.
+    Of a bucket's objects the etags, of the Hub the revision, of a folder the digest. All machines say the
+    same, whatever of it they have in their caches.
     """
     folder = model_folder(path, weights=False)
-    fetched = path.startswith("s3://") or not any(folder.glob(f"*{_WEIGHTS}"))
-    return folder.name if fetched else base_digest(folder)
+    return base_digest(folder) if _is_folder(path) else folder.name
 
 
 def base_digest(folder: Path) -> str:

@@ -1,43 +1,64 @@
 """A lane at its desk: the lease that a thread renews, and the news that it carries."""
 
+import faulthandler
+import os
+import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from raytune_ft.errors import RaytuneError
+from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.fleet.desk import Stepped, Taken
 from raytune_ft.train.progress import Event
 
 BEAT_S = 1.0
+HANGS_AFTER_S = 1800.0
+"""A lane whose own thread stands in one place for so long never comes back. A step or a pass of an evaluation
+takes seconds, and a store that is away is waited for for a third of this time."""
 
 
 class LeaseLost(Exception):
-    """The desk took the lane for lost, and others may have its jobs."""
+    """The desk took the lane for lost, and others may have its jobs; or it cannot be reached."""
 
 
 class DeskGone(Exception):
     """The driver has ended, and with it the fleet; for now."""
 
 
+class LaneUnfit(TrainingError):
+    """The lane's machine lacks something that the fleet's jobs need."""
+
+
 class DeskDoor(Protocol):
-    """What a lane asks and tells; see `raytune_ft.fleet.desk.Desk`. Every method may raise `DeskGone`."""
+    """What a lane asks and tells; see `raytune_ft.fleet.desk.Desk`.
+
+    Every method may raise `DeskGone`, and `LeaseLost` where the desk cannot be reached for now.
+    """
 
     def join(self, lane: str, host: str, device: str) -> None: ...
     def take(self, lane: str, base: str | None, free: int) -> Taken: ...
     def loaded(self, lane: str, base: str, slots: int, seconds: float) -> None: ...
+    def cannot_load(self, lane: str, base: str, reason: str) -> bool: ...
     def started(self, lane: str, job: str, step: int, steps: int) -> None: ...
     def beat(self, lane: str, steps: Mapping[str, Stepped], checkpoints: Mapping[str, int]) -> bool: ...
     def done(
         self, lane: str, job: str, result: dict[str, Any], losses: tuple[tuple[int, float], ...]
     ) -> bool: ...
     def failed(self, lane: str, job: str, reason: str) -> bool: ...
+    def give_back(self, lane: str, job: str, reason: str, *, alone: bool) -> bool: ...
     def end(self, lane: str) -> None: ...
     def lose(self, lane: str, *, announced: bool, reason: str) -> None: ...
 
 
 class Attendance:
-    """A lane under one name, from joining to the end of its lease."""
+    """A lane under one name, from joining to the end of its lease.
+
+    The thread that makes it is the lane's own, which trains. Where that hangs, nobody could end the lane but
+    its process itself: it does, and the driver replaces it.
+    """
 
     def __init__(self, desk: DeskDoor, lane: str, host: str, device: str) -> None:
         """Join.
@@ -56,6 +77,10 @@ class Attendance:
         self._lost = False
         self._failure: Exception | None = None
         self._left = threading.Event()
+        self._owner = threading.get_ident()
+        self._place: tuple[tuple[int, int], ...] | None = None
+        self._moved_at: float | None = time.monotonic()
+        """When the owner was last seen elsewhere; None: it may stand still."""
         self._thread = threading.Thread(target=self._renew, name="attendance", daemon=True)
         desk.join(lane, host, device)
 
@@ -77,21 +102,35 @@ class Attendance:
             DeskGone: so is the fleet.
             Exception: what a thread of the lane met with.
         """
+        if threading.get_ident() == self._owner:
+            self._move()
         if self._failure is not None:
             raise self._failure
         if self._lost:
             raise LeaseLost(self.lane)
 
-    def trouble(self, error: Exception) -> None:
+    def trouble(self, error: BaseException) -> None:
         """What concerns the lane, and not one of its jobs: `check` raises the first of it."""
-        self._failure = self._failure or error
+        if self._failure is None:
+            # Ray would take others for an order to exit.
+            self._failure = error if isinstance(error, Exception) else TrainingError(_said(error, "lane"))
 
     def lost(self) -> None:
         """The lease is over."""
         self._lost = True
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Within, the owner may stay in one place for as long as it likes: a load may take long."""
+        self._moved_at = None
+        try:
+            yield
+        finally:
+            self._moved_at = time.monotonic()
+
     def stepped(self, job: str, at: Stepped) -> None:
         """How far a job is, to be told with the next beat."""
+        self._move()
         with self._lock:
             self._steps[job] = at
 
@@ -111,10 +150,34 @@ class Attendance:
     def _renew(self) -> None:
         while not self._left.wait(BEAT_S):
             try:
+                if self._hangs():
+                    self._exit()
                 self.beat()
-            except Exception as error:  # noqa: BLE001  raised again where the lane checks
+            except BaseException as error:  # noqa: BLE001  raised again where the lane checks
                 self.trouble(error)
                 return
+
+    def _move(self) -> None:
+        if self._moved_at is not None:
+            self._moved_at = time.monotonic()
+
+    def _hangs(self) -> bool:
+        frame = sys._current_frames().get(self._owner)
+        place: list[tuple[int, int]] = []
+        while frame is not None:
+            place.append((id(frame.f_code), frame.f_lasti))
+            frame = frame.f_back
+        if tuple(place) != self._place:
+            self._place = tuple(place)
+            self._move()
+        return self._moved_at is not None and time.monotonic() > self._moved_at + HANGS_AFTER_S
+
+    def _exit(self) -> None:
+        faulthandler.dump_traceback()
+        with suppress(Exception):
+            reason = f"it stood in one place for {HANGS_AFTER_S / 60:.0f} min; its log says where"
+            self.desk.lose(self.lane, announced=False, reason=reason)
+        os._exit(1)
 
 
 class JobEvents:
@@ -137,9 +200,11 @@ class JobEvents:
         self._attendance.stepped(self._job, Stepped(last["step"], steps, last["loss"], self._tokens))
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Why a job cannot be trained, in one message."""
-    if isinstance(error, RaytuneError):
-        return str(error)
+    return str(error) if isinstance(error, RaytuneError) else _said(error, "job")
+
+
+def _said(error: BaseException, who: str) -> str:
     said = str(error).strip().partition("\n")[0][:300]
-    return f"the job failed: {type(error).__name__}: {said}"
+    return f"the {who} failed: {type(error).__name__}: {said}"

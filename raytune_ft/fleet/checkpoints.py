@@ -73,6 +73,8 @@ class JobCheckpoints:
         """
         self._storage = storage
         self._spec = spec
+        self._restored: KeptCheckpoint | None = None
+        self._useless: set[str] = set()
 
     def restore(self, folder: Path) -> int | None:
         """Fetch the newest one into an empty folder, and remove what was never complete.
@@ -85,11 +87,32 @@ class JobCheckpoints:
         """
         kept, others = self._listed()
         for one in sorted(kept, key=lambda one: one.name, reverse=True):
-            if self._fetch(one, folder):
+            if one.name not in self._useless and self._fetch(one, folder):
                 self._delete(others)
+                self._restored = one
                 return one.step
         self._delete(others)
         return None
+
+    def restore_older(self, folder: Path) -> int | None:
+        """Remove the one that was restored, from which nobody can go on, and fetch the next one.
+
+        Args:
+            folder: where it was restored to.
+
+        Returns:
+            The step of the next; None where there is none.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        for file in folder.iterdir():
+            file.unlink()
+        if self._restored is not None:
+            # It may not be allowed to be removed.
+            self._useless.add(self._restored.name)
+            self._remove(self._restored)
+        return self.restore(folder)
 
     def add(
         self, folder: Path, step: int, validation_loss: float | None, *, may_write: Callable[[], None]
@@ -112,9 +135,7 @@ class JobCheckpoints:
         self._storage.write(f"{PREFIX}{name}{_SUFFIX}", _LIST.dump_json(one))
         kept, _ = self._listed()
         for old in superfluous(kept, self._spec):
-            keys = [f"{PREFIX}{old.name}/{file}" for file in old.size_bytes]
-            # The list first: what is left by a kill here is no checkpoint.
-            self._delete([f"{PREFIX}{old.name}{_SUFFIX}", *keys])
+            self._remove(old)
         return size_bytes
 
     def _listed(self) -> tuple[list[KeptCheckpoint], list[str]]:
@@ -147,6 +168,11 @@ class JobCheckpoints:
                 file.unlink()
             return False
         return True
+
+    def _remove(self, one: KeptCheckpoint) -> None:
+        # The list first: what is left by a kill here is no checkpoint.
+        files = [f"{PREFIX}{one.name}/{file}" for file in one.size_bytes]
+        self._delete([f"{PREFIX}{one.name}{_SUFFIX}", *files])
 
     def _delete(self, keys: Sequence[str]) -> None:
         with suppress(StorageDenied):

@@ -58,7 +58,8 @@ class JobKeeping:
             last.result()
         elif last is not None and not wait:
             return
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        with disk_errors(str(self._folder)):
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
             with disk_errors(str(folder)):
                 write(folder)

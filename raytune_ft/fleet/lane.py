@@ -5,10 +5,10 @@ a job needs to be gone on with elsewhere is in the bucket; what a lane holds may
 """
 
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -18,11 +18,13 @@ import torch
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.errors import ModelError, OutOfMemory
 from raytune_ft.fleet.attendance import Attendance, DeskDoor, LeaseLost
+from raytune_ft.fleet.blame import Blame, may_load_elsewhere
 from raytune_ft.fleet.desk import Taken
 from raytune_ft.fleet.floor import Floor, Preempted
 from raytune_ft.fleet.intake import Intake, Preparing
 from raytune_ft.fleet.placement import Group
 from raytune_ft.fleet.resident import Resident, free_device
+from raytune_ft.fleet.scratch import scratch_folder
 from raytune_ft.storage import Storage
 from raytune_ft.train.lease import check_holds
 from raytune_ft.train.loop import train
@@ -30,7 +32,7 @@ from raytune_ft.train.placement import Placement
 
 _POLL_S = 0.2
 _SENDERS = 4
-_ALL = 1_000_000
+_RECONNECT_S = 1.0
 
 
 class Lane:
@@ -73,25 +75,37 @@ class Lane:
         Raises:
             DeskGone: the driver has ended.
             RunHeld: another driver has taken over the fleet.
+            DeviceFailed: the device does not go on; another process may.
+            ModelError: the base cannot be loaded here; another lane may.
+            StorageError: the store is away, or the disk is full.
             RayError: something was lost beside the lane.
         """
         for attempt in count(1):
             name = self._name if attempt == 1 else f"{self._name}.{attempt}"
-            attendance = Attendance(self._desk, name, socket.gethostname(), _device_name(self._placement))
             try:
-                with attendance:
+                with Attendance(
+                    self._desk, name, socket.gethostname(), _device_name(self._placement)
+                ) as attendance:
                     self._serve(attendance)
                 self._desk.end(name)
                 return
             except LeaseLost:
-                continue
+                # The desk knows it, unless it could not be reached.
+                self._say_lost(name, "it could not reach the desk for a while")
             except OutOfMemory as error:
-                self._desk.lose(name, announced=True, reason=str(error))
+                self._say_lost(name, str(error))
                 error.__traceback__ = None
                 free_device()
             except Preempted:
-                self._desk.lose(name, announced=True, reason="its node will be taken away")
                 return
+
+    def _say_lost(self, name: str, reason: str) -> None:
+        """The jobs of a name are nobody's, and none is to blame. Waits for a desk that cannot be reached."""
+        while True:
+            with suppress(LeaseLost):
+                self._desk.lose(name, announced=True, reason=reason)
+                return
+            time.sleep(_RECONNECT_S)
 
     def _serve(self, attendance: Attendance) -> None:
         """Hold one base after another, each as long as there is work for it."""
@@ -129,41 +143,55 @@ class Lane:
             time.sleep(_POLL_S)
 
     def _load(self, attendance: Attendance, group: Group) -> None:
-        """Load a base; where that cannot be done, all jobs of it fail."""
+        """Load a base; where no lane can, all jobs of it fail.
+
+        Raises:
+            ModelError: it cannot be loaded here, and nobody knows yet whether elsewhere it can.
+        """
         try:
-            self._resident = Resident(group, self._placement)
+            with attendance.standing_still():
+                self._resident = Resident(group, self._placement)
         except ModelError as error:
-            while orders := self._desk.take(attendance.lane, group.base, _ALL).orders:
-                for order in orders:
-                    self._desk.failed(attendance.lane, order.job.name, str(error))
+            if may_load_elsewhere(error) or not self._desk.cannot_load(
+                attendance.lane, group.base, str(error)
+            ):
+                raise
 
     def _train(self, attendance: Attendance, resident: Resident) -> Taken:
         """Train jobs of the base until no more come; why none do."""
+
+        def ask_store() -> None:
+            check_holds(self._fleet_storage, self._channel)
+
+        blame = Blame(attendance, ask_store)
         with (
-            tempfile.TemporaryDirectory(prefix="raytune-ft-lane-", ignore_cleanup_errors=True) as folder,
+            scratch_folder() as folder,
             ThreadPoolExecutor(_SENDERS) as threads,
-            self._intake(attendance, resident, Path(folder)) as intake,
+            self._intake(attendance, blame, resident, folder) as intake,
             Floor(
                 attendance,
+                blame,
                 resident,
                 intake,
                 threads,
-                Path(folder),
-                may_publish=lambda: check_holds(self._fleet_storage, self._channel),
+                folder,
+                may_publish=ask_store,
                 node_goes=self._node_goes,
             ) as floor,
         ):
-            while intake.end is None:
+            while True:
                 try:
                     train(resident.bank, floor.offer)
+                    break
                 except OutOfMemory as error:
                     floor.give_way(error)
         attendance.check()
-        if intake.end.lost:
+        end = intake.end
+        if end is None or end.lost:
             raise LeaseLost(attendance.lane)
-        return intake.end
+        return end
 
-    def _intake(self, attendance: Attendance, resident: Resident, folder: Path) -> Intake:
+    def _intake(self, attendance: Attendance, blame: Blame, resident: Resident, folder: Path) -> Intake:
         preparing = Preparing(
             # A tokenizer does not bear two threads.
             Encoder.of(deepcopy(resident.tokenizer)),
@@ -173,7 +201,7 @@ class Lane:
             folder,
             self._cache,
         )
-        return Intake(attendance, resident.group.base, resident.slots, preparing.prepare)
+        return Intake(attendance, blame, resident.group.base, resident.slots, preparing.prepare)
 
 
 def _device_name(placement: Placement) -> str:

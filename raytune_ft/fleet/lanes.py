@@ -17,9 +17,9 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from raytune_ft.errors import RaytuneError, RunHeld, TrainingError
-from raytune_ft.fleet.attendance import DeskGone
-from raytune_ft.fleet.desk import Stepped, Taken
+from raytune_ft.errors import RaytuneError, RunHeld, StorageError, TrainingError
+from raytune_ft.fleet.attendance import DeskGone, LaneUnfit, LeaseLost
+from raytune_ft.fleet.desk import Cause, Stepped, Taken
 from raytune_ft.spec import ClusterSpec
 from raytune_ft.storage import arrow_filesystem, join_uri, open_storage
 from raytune_ft.train.budgets import cause
@@ -29,6 +29,8 @@ from raytune_ft.train.room import TOLD_AFTER_S, Tell, find_room
 
 LANES = "lanes/"
 """What Ray Train writes of a lane's run; nothing of it is ever read."""
+CHANNEL_CHARACTERS = 8
+"""Of the launch, at the beginning of their names."""
 _NEARLY = 1e-6
 
 
@@ -96,6 +98,9 @@ class RemoteDesk:
     def loaded(self, lane: str, base: str, slots: int, seconds: float) -> None:
         self._ask("loaded", lane, base, slots, seconds)
 
+    def cannot_load(self, lane: str, base: str, reason: str) -> bool:
+        return bool(self._ask("cannot_load", lane, base, reason))
+
     def started(self, lane: str, job: str, step: int, steps: int) -> None:
         self._ask("started", lane, job, step, steps)
 
@@ -110,6 +115,9 @@ class RemoteDesk:
     def failed(self, lane: str, job: str, reason: str) -> bool:
         return bool(self._ask("failed", lane, job, reason))
 
+    def give_back(self, lane: str, job: str, reason: str, *, alone: bool) -> bool:
+        return bool(self._ask("give_back", lane, job, reason, alone=alone))
+
     def end(self, lane: str) -> None:
         self._ask("end", lane)
 
@@ -121,6 +129,10 @@ class RemoteDesk:
             return ray.get(getattr(self._actor, method).remote(*given, **named))
         except ray.exceptions.ActorDiedError:
             raise DeskGone from None
+        except ray.exceptions.ActorUnavailableError:
+            # Whether it heard is not known, and jobs leased in an answer that was lost would be nobody's:
+            # the lane gives all of them back, and joins again.
+            raise LeaseLost(method) from None
 
 
 def place_lanes(device: str, most: int, wait_s: float, tell: Tell) -> Placement:
@@ -167,6 +179,8 @@ class _Run:
     name: str
     ended: "Future[ray.train.Result]"
     began: float
+    likely: bool
+    """It will find room, as far as is known."""
 
 
 class Lanes:
@@ -189,6 +203,8 @@ class Lanes:
         self._runs: list[_Run] = []
         self._numbers = count(1)
         self._told = False
+        self._full = False
+        """A lane found no room."""
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -202,16 +218,22 @@ class Lanes:
         gone = [run for run in self._runs if run.ended.done()]
         self._runs = [run for run in self._runs if not run.ended.done()]
         for run in gone:
-            announced, reason = _loss(run.ended)
-            if reason is not None:
-                self._desk.lose_attempts.remote(run.name, announced=announced, reason=reason)
+            loss = _loss(run.ended)
+            if loss is None:
+                continue
+            # One that found no room in time was never there; another may find some.
+            self._full |= loss.for_room
+            if not loss.for_room:
+                self._desk.lose_attempts.remote(
+                    run.name, announced=loss.announced, reason=loss.reason, cause=loss.cause
+                )
 
     def start(self, most: int) -> None:
         """Start lanes, until there are `most` or as many as the cluster has or could have room for."""
         wanted = min(most, max(1, self._room()))
         for _ in range(wanted - len(self._runs)):
             self._start()
-        self._desk.set_lanes.remote(len(self._runs))
+        self._desk.expect.remote([run.name for run in self._runs if run.likely])
 
     def tell_waiting(self, *, joined: bool) -> None:
         """Say once that all lanes wait for others to leave the cluster; `joined`: one of them has room."""
@@ -249,7 +271,7 @@ class Lanes:
             ),
             backend_config=BackendConfig(),
             run_config=RunConfig(
-                name=f"{self._channel[:8]}-{name}",
+                name=f"{self._channel[:CHANNEL_CHARACTERS]}-{name}",
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(
@@ -257,7 +279,7 @@ class Lanes:
                 ),
             ),
         )
-        self._runs.append(_Run(name, start_fit(trainer), time.monotonic()))
+        self._runs.append(_Run(name, start_fit(trainer), time.monotonic(), likely=not self._full))
 
 
 def _preempted(error: Exception) -> bool:
@@ -268,8 +290,19 @@ def _preempted(error: Exception) -> bool:
     return any(isinstance(one, ray.exceptions.RayActorError) and one.preempted for one in found)
 
 
-def _loss(ended: "Future[ray.train.Result]") -> tuple[bool, str | None]:
-    """Whether the end of a lane's process was announced, and its reason; None where it was no loss.
+@dataclass(frozen=True)
+class _Loss:
+    """How a lane's process ended, where it should not have."""
+
+    reason: str
+    announced: bool = False
+    for_room: bool = False
+    """It never began: there was no room for it."""
+    cause: Cause = "unknown"
+
+
+def _loss(ended: "Future[ray.train.Result]") -> _Loss | None:
+    """What became of a lane's process; None where it came to its end.
 
     Raises:
         RunHeld: another driver has taken over the fleet.
@@ -277,13 +310,20 @@ def _loss(ended: "Future[ray.train.Result]") -> tuple[bool, str | None]:
     try:
         returned = ended.result().return_value
     except PreemptionError:
-        return True, "its node was taken away"
+        return _Loss("its node was taken away", announced=True)
     except ControllerError as error:
-        # One that found no room in time was never there; another may find some.
         waited = isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
-        return False, None if waited else cause(error)
+        return _Loss(cause(error), for_room=waited)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        return _preempted(error), cause(error)
+        return _Loss(cause(error), announced=_preempted(error))
     if isinstance(returned, RunHeld):
         raise returned
-    return False, str(returned) if isinstance(returned, RaytuneError) else None
+    if isinstance(returned, RaytuneError):
+        return _Loss(str(returned), cause=_cause_of(returned))
+    return None
+
+
+def _cause_of(error: RaytuneError) -> Cause:
+    if isinstance(error, StorageError):
+        return "store"
+    return "lane" if isinstance(error, LaneUnfit) else "unknown"

@@ -13,7 +13,7 @@ from raytune_ft.fleet.events import (
     PlannedJob,
     Progress,
 )
-from raytune_ft.fleet.queue import State
+from raytune_ft.fleet.entry import State
 
 WINDOW_S = 30.0
 
@@ -26,6 +26,8 @@ class _Job:
     """Of it that is done."""
     step: int = 0
     """Where the lane that trains it began, or spoke last."""
+    ended: bool = False
+    """It is done or failed; its last steps may still be told."""
 
 
 class Pace:
@@ -45,7 +47,7 @@ class Pace:
     def add(self, event: FleetEvent) -> None:
         """Take an event into account, in the order in which they come."""
         match event:
-            case JobStarted():
+            case JobStarted() if not self._jobs[event.job].ended:
                 job = self._jobs[event.job]
                 job.step = event.step
                 job.share = event.step / max(event.steps, 1)
@@ -54,13 +56,15 @@ class Pace:
                 job = self._jobs[event.job]
                 done = max(0, event.step - job.step)
                 self._tokens.append((event.at_s, event.tokens * done / max(event.step, 1)))
-                self._move(event.job, event.step / max(event.steps, event.step, 1))
+                if not job.ended:
+                    self._move(event.job, event.step / max(event.steps, event.step, 1))
                 job.step = event.step
+            case JobDone() if not event.before:
+                self._move(event.job, 1.0)
+                self._jobs[event.job].ended = True
             case JobDone() | JobFailed():
-                if event.before:
-                    self._jobs[event.job].share = 1.0
-                else:
-                    self._move(event.job, 1.0)
+                # What was not done took no time.
+                self._jobs[event.job].share, self._jobs[event.job].ended = 1.0, True
             case _:
                 pass
 

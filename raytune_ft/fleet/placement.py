@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytune_ft.errors import ModelError
-from raytune_ft.fleet.queue import QueuedJob
+from raytune_ft.fleet.entry import QueuedJob
 from raytune_ft.fleet.work import LaneSpeed, Work, speed_of
 from raytune_ft.planner import Lane, ModelFacts, choose_lane, usable_bytes
 from raytune_ft.spec import JobSpec

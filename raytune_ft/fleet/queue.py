@@ -1,69 +1,20 @@
 """Who trains what: the state of a fleet's jobs, and the rules by which lanes get them.
 
-Pure state: no Ray, no store and no clock. Times are arguments, in seconds of any one clock; a state that
-is to outlive its process needs the time of day.
+Pure state: no Ray, no store and no clock. Times are arguments, in seconds of any one clock.
 """
 
 import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from raytune_ft.errors import StorageError
-
-State = Literal["queued", "leased", "done", "failed"]
-
-ALONE_AFTER = 2
-"""A job whose lanes were lost so often has the next one to itself: then it is known whose fault a loss is."""
-# What is read back, from a bucket that others may write to, is as strict as a job file.
-_STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """What the queue must know of a job."""
-
-    __pydantic_config__ = _STRICT
-
-    name: str
-    digest: str
-    """Of the resolved job: another digest is another job."""
-    base: str
-    """Jobs that have it equal can be on a lane together, or one after another without a reload."""
-    seconds: float
-    """Predicted, alone on a lane. The longest are handed out first."""
-    shares_batch: bool = True
-    """Others may be on the lane at the same time."""
-    max_restarts: int = 3
-    """Lost lanes that it survives."""
-
-
-@dataclass
-class Entry:
-    """A job's state."""
-
-    __pydantic_config__ = _STRICT
-
-    job: QueuedJob
-    state: State = "queued"
-    lane: str | None = None
-    """That holds its lease."""
-    losses: int = 0
-    """Lanes that were lost under it, unannounced."""
-    checkpoint_step: int | None = None
-    """Of the last checkpoint that a lane spoke of."""
-    reason: str | None = None
-    """Why it failed."""
-
-    @property
-    def alone(self) -> bool:
-        """It needs a lane to itself."""
-        return not self.job.shares_batch or self.losses >= ALONE_AFTER
+from raytune_ft.fleet.entry import STRICT, Entry, QueuedJob, State, as_before, process_of
 
 
 @dataclass
@@ -88,14 +39,14 @@ class Offer:
     switch_to: str | None = None
     """Nothing is left of its base, and this one has work for it: load it, then ask again."""
     ended: bool = False
-    """Nothing is left, nor can anything come back."""
+    """Nothing is left for it. Should a job come back, another lane comes for it."""
     lost: bool = False
     """Its lease is over, and others may have its jobs: drop them all, and join again."""
 
 
 @dataclass
 class _Snapshot:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     schema_version: Literal[1]
     lanes: int
@@ -142,7 +93,7 @@ class Queue:
         self._counts: Counter[State] = Counter()
         self._open_us: Counter[str] = Counter()
         for job in jobs:
-            self._add(_from_before(job, previous.get(job.name)))
+            self._add(as_before(job, previous.get(job.name)))
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -183,14 +134,15 @@ class Queue:
         lease = self._leases[lane]
         lease.base, lease.slots = base, len(lease.jobs) + free
         if self.stopped or not self._counts["queued"]:
-            return Offer(ended=self.stopped or self._counts["leased"] == len(lease.jobs))
-        if any(self._entries[name].alone for name in lease.jobs):
+            # Who waits for what may come back is paid for meanwhile.
+            last = not lease.jobs or self._counts["leased"] == len(lease.jobs)
+            return Offer(ended=self.stopped or last)
+        if self._is_alone(lease):
             return Offer()
-        if base is not None and (self._waiting.get((base, False)) or self._waiting.get((base, True))):
-            return Offer(jobs=self._hand_out(lane, lease, base))
+        handed = {} if base is None else self._hand_out(lane, lease, base)
         if lease.jobs:
-            return Offer()
-        switch_to = self._next_base()
+            return Offer(jobs=handed)
+        switch_to = self._next_base(base)
         if switch_to is not None:
             lease.base, lease.slots = switch_to, None
         return Offer(switch_to=switch_to)
@@ -211,8 +163,13 @@ class Queue:
             return False
         lease.expires_at = now + self._lease_s
         for name in lease.jobs & checkpoints.keys():
-            self._entries[name].checkpoint_step = checkpoints[name]
+            self._entries[name].count_checkpoint(checkpoints[name])
         return True
+
+    def put_off(self, seconds: float) -> None:
+        """All leases hold for so much longer: nobody listened to the lanes meanwhile."""
+        for lease in self._leases.values():
+            lease.expires_at += seconds
 
     def finish(self, lane: str, name: str) -> bool:
         """A job was trained and published.
@@ -226,10 +183,44 @@ class Queue:
         """A job cannot be trained; see `finish`."""
         return self._end(lane, name, "failed", reason)
 
+    def give_back(self, lane: str, name: str, reason: str, *, alone: bool) -> bool:
+        """A lane cannot go on with a job, and others may; see `finish`.
+
+        A lane gets it once more if all that there are refused it, and what it refuses twice has failed.
+
+        Args:
+            lane: which.
+            name: of the job.
+            reason: why.
+            alone: whoever tries it next has no other job beside it.
+        """
+        if not self.holds(lane, name):
+            return False
+        entry = self._entries[name]
+        twice = process_of(lane) in entry.refused_by
+        entry.count_refusal(lane, alone=alone)
+        return self._end(lane, name, "failed" if twice else "queued", reason if twice else None)
+
+    def fail_waiting(self, base: str, reason: str) -> tuple[str, ...]:
+        """No job of a base that nobody has begun can be trained; which these are."""
+        names = sorted(name for alone in (False, True) for _, name in self._waiting.pop((base, alone), ()))
+        for name in names:
+            self._move(self._entries[name], "failed", reason=reason)
+        return tuple(names)
+
+    def holds(self, lane: str, name: str) -> bool:
+        """Whether a lane has the lease on a job."""
+        lease = self._leases.get(lane)
+        return lease is not None and name in lease.jobs
+
+    def is_loaded(self, base: str) -> bool:
+        """Whether a lane has a base ready."""
+        return any(lease.base == base and lease.slots is not None for lease in self._leases.values())
+
     def lose(self, lane: str, *, announced: bool = False) -> tuple[str, ...]:
         """A lane is gone; its jobs are queued again, from their checkpoints.
 
-        A job that was alone on it, and has lost more lanes than it may, has failed.
+        A job that was alone on it, and has lost more lanes than it may without coming further, has failed.
 
         Args:
             lane: which. Unknown ones have nothing to lose.
@@ -243,9 +234,10 @@ class Queue:
             return ()
         for name in sorted(lease.jobs):
             entry = self._entries[name]
-            entry.losses += not announced
+            if not announced:
+                entry.count_loss()
             guilty = not announced and len(lease.jobs) == 1 and entry.losses > entry.job.max_restarts
-            self._move(entry, "failed" if guilty else "queued", reason=_guilt(entry) if guilty else None)
+            self._move(entry, "failed" if guilty else "queued", reason=entry.guilt if guilty else None)
         return tuple(sorted(lease.jobs))
 
     def expire(self, now: float) -> tuple[str, ...]:
@@ -257,7 +249,7 @@ class Queue:
         """Queue what failed once more; which these are."""
         failed = [entry for entry in self._entries.values() if entry.state == "failed"]
         for entry in failed:
-            entry.losses = 0
+            entry.forgive()
             self._move(entry, "queued")
         return tuple(entry.job.name for entry in failed)
 
@@ -298,7 +290,7 @@ class Queue:
         self._entries[entry.job.name] = entry
         self._counts[entry.state] += 1
         if entry.state in ("queued", "leased"):
-            self._open_us[entry.job.base] += _us(entry)
+            self._open_us[entry.job.base] += entry.microseconds
         if entry.state == "queued":
             self._wait(entry)
         elif entry.lane is not None:
@@ -314,31 +306,40 @@ class Queue:
         was_open, is_open = (one in ("queued", "leased") for one in (entry.state, state))
         self._counts[entry.state] -= 1
         self._counts[state] += 1
-        self._open_us[entry.job.base] += (is_open - was_open) * _us(entry)
+        self._open_us[entry.job.base] += (is_open - was_open) * entry.microseconds
         entry.state, entry.lane, entry.reason = state, lane, reason
         if state == "queued":
             self._wait(entry)
 
     def _end(self, lane: str, name: str, state: State, reason: str | None) -> bool:
-        lease = self._leases.get(lane)
-        if lease is None or name not in lease.jobs:
+        if not self.holds(lane, name):
             return False
-        lease.jobs.remove(name)
+        self._leases[lane].jobs.remove(name)
         self._move(self._entries[name], state, reason=reason)
         return True
 
     def _hand_out(self, lane: str, lease: _Lease, base: str) -> dict[str, int | None]:
-        handed: dict[str, int | None] = {}
         # Only an empty lane can take those that go alone, and as long as others wait it is rarely empty.
-        alone = not lease.jobs and bool(self._waiting.get((base, True)))
-        line = self._waiting.get((base, alone), [])
-        while line and lease.has_room and self._may_have_more(lease, base):
-            entry = self._entries[heapq.heappop(line)[1]]
+        handed = {} if lease.jobs else self._hand_from((base, True), lane, lease, most=1)
+        return handed or self._hand_from((base, False), lane, lease)
+
+    def _hand_from(
+        self, which: tuple[str, bool], lane: str, lease: _Lease, most: float = math.inf
+    ) -> dict[str, int | None]:
+        line = self._waiting.get(which, [])
+        refused: list[tuple[float, str]] = []
+        handed: dict[str, int | None] = {}
+        while line and len(handed) < most and lease.has_room and self._may_have_more(lease, which[0]):
+            place = heapq.heappop(line)
+            entry = self._entries[place[1]]
+            if not entry.suits(lane, self._leases):
+                refused.append(place)
+                continue
             self._move(entry, "leased", lane=lane)
             lease.jobs.add(entry.job.name)
             handed[entry.job.name] = entry.checkpoint_step
-            if alone:
-                break
+        for place in refused:
+            heapq.heappush(line, place)
         return handed
 
     def _may_have_more(self, lease: _Lease, base: str) -> bool:
@@ -351,19 +352,24 @@ class Queue:
         return not coming and all(
             held_us <= self._held_us(other)
             for other in self._leases.values()
-            if other.base == base and other.has_room
+            if other.base == base and other.has_room and not self._is_alone(other)
         )
 
+    def _is_alone(self, lease: _Lease) -> bool:
+        """Whether a lane has a job that no other may stand beside."""
+        return any(self._entries[name].alone for name in lease.jobs)
+
     def _held_us(self, lease: _Lease) -> int:
-        return sum(_us(self._entries[name]) for name in lease.jobs)
+        return sum(self._entries[name].microseconds for name in lease.jobs)
 
     def _lanes_on(self, base: str) -> int:
         return sum(lease.base == base for lease in self._leases.values())
 
-    def _next_base(self) -> str | None:
+    def _next_base(self, held: str | None) -> str | None:
         """The base with the most that nobody has begun, for each lane on it; None if other lanes will do.
 
-        Who asks has nothing left of its own base, so it is on none of these.
+        Args:
+            held: what who asks has; nothing of it is left for it.
         """
         queued_s: dict[str, float] = {}
         queued: Counter[str] = Counter()
@@ -371,28 +377,8 @@ class Queue:
             queued[base] += len(line)
             queued_s[base] = queued_s.get(base, 0.0) - math.fsum(negative_s for negative_s, _ in line)
         loading = Counter(lease.base for lease in self._leases.values() if lease.slots is None)
-        worth = [base for base in queued_s if queued[base] > loading[base]]
+        worth = [base for base in queued_s if queued[base] > loading[base] and base != held]
         return max(worth, key=lambda base: queued_s[base] / (1 + self._lanes_on(base)), default=None)
 
 
 _REMEDY = "remove it, and the fleet goes on from what each job left in the bucket"
-
-
-def _us(entry: Entry) -> int:
-    """Whole microseconds: sums that are added to and taken from stay exact."""
-    return round(entry.job.seconds * 1e6)
-
-
-def _guilt(entry: Entry) -> str:
-    return (
-        f"its lane was lost {entry.losses} times, at last with no other job on it, and "
-        f"cluster.max_restarts = {entry.job.max_restarts}"
-    )
-
-
-def _from_before(job: QueuedJob, before: Entry | None) -> Entry:
-    if before is None or before.job.digest != job.digest:
-        return Entry(job)
-    if before.state == "leased":
-        return replace(before, job=job, state="queued", lane=None)
-    return replace(before, job=job)

@@ -4,16 +4,18 @@ import gc
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from raytune_ft.errors import ModelError
+from raytune_ft.fleet.blame import DoesNotFit, reading_checkpoint
 from raytune_ft.fleet.placement import Group
 from raytune_ft.models import base_digest, base_identity, load_base, load_tokenizer, model_folder
 from raytune_ft.planner import Choice, Lane, choose, choose_lane, lane_memory
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.bank import Bank, BankEngine
-from raytune_ft.train.checkpoint import Position, read_position
+from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.placement import Placement
 from raytune_ft.train.probe import can_share_passes, check_isolation
 from raytune_ft.train.workbench import Workbench, compute_alike, device_of, layout_of, memory_bytes
@@ -50,30 +52,32 @@ class Resident:
         self._refusals = {
             packed: _refusal(self, packed) for packed in {job.spec.data.packing for job in group.jobs}
         }
-        self.bank = Bank(self.model, gradient_checkpointing=spec.gradient_checkpointing)
-        self._shares = can_share_passes(self.model)
+        self.bank = Bank(self.model, gradient_checkpointing=spec.gradient_checkpointing, paged=False)
+        longest = max(job.spec.data.max_tokens for job in group.jobs)
+        self._shares = can_share_passes(self.model, max_tokens=longest)
         self.set_slots(self.plan.slots)
         self.load_seconds = time.perf_counter() - began
 
     def set_slots(self, slots: int) -> None:
         """Let the lane train so many jobs at once."""
         self.slots = slots
-        longest = max(job.spec.data.max_tokens for job in self.group.jobs)
-        # What the plan of a lane's memory rests on: a pass has a row of each job.
-        self.bank.tokens_per_pass = slots * longest if slots > 1 and self._shares else 0
+        shared = sum(self.plan.row_tokens[:slots]) if slots > 1 and self._shares else 0
+        self.bank.tokens_per_pass = shared
 
     def bench(self, job: JobSpec, data_fingerprint: str, checkpoint: Path | None) -> Workbench:
         """Put a job into a free slot, where it stands at `checkpoint`; `Recipe.begin` then restores it.
 
         Raises:
-            ModelError: the base does not fit the device, the job or the checkpoint.
-            DataError: the checkpoint was trained on other data.
+            ModelError: the base does not fit the job.
+            DoesNotFit: the device does not hold the job.
+            UnusableCheckpoint: it is damaged, or of another base, of other data or another program.
         """
         if refusal := self._refusals[job.data.packing]:
             raise refusal
         position = self._position(job, data_fingerprint, checkpoint)
-        engine = self.bank.enter(job.method, job.optimizer, seed=job.data.seed)
         layout = layout_of(job, position.choice, self.model, self.tokenizer)
+        # Last: from here on its slot is taken.
+        engine = self.bank.enter(job.method, job.optimizer, seed=job.data.seed)
         return Workbench(self.model, self.tokenizer, engine, layout, position)
 
     def leave(self, bench: Workbench) -> None:
@@ -82,20 +86,38 @@ class Resident:
             self.bank.leave(bench.engine)
 
     def _position(self, job: JobSpec, data_fingerprint: str, checkpoint: Path | None) -> Position:
-        if checkpoint is None:
-            return Position(0, data_fingerprint, self._digest, self._choice(job), self._threads, 1)
-        kept = read_position(checkpoint, data_fingerprint=data_fingerprint, base_digest=self._digest)
-        choice = replace(kept.choice, resident=self.plan.resident)
-        return replace(kept, choice=choice, threads=self._threads, workers=1)
-
-    def _choice(self, job: JobSpec) -> Choice:
-        """What `auto` becomes for a job, with all other slots taken by those that need most."""
-        own = job
-        if job.model.weight_bits == 4:
-            held = job.model.model_copy(update={"resident": self.plan.resident})
-            own = job.model_copy(update={"model": held})
+        own = self._as_held(job)
+        # All other slots may be taken by those that need most.
         others = self.plan.memory.total - lane_memory(self.group.facts, [own], self.plan.resident).total
-        return choose(own, self.group.facts, self._device_bytes - max(0, others))
+        left_bytes = self._device_bytes - (max(0, others) if self.plan.slots > 1 else 0)
+        made: dict[str, Any] = {
+            "threads": self._threads,
+            "workers": 1,
+            "chosen_for": memory_settings(job),
+        }
+        if checkpoint is None:
+            choice = self._choose(own, left_bytes)
+            return Position(0, data_fingerprint, self._digest, choice, **made)
+        with reading_checkpoint():
+            kept = read_position(checkpoint, data_fingerprint=data_fingerprint, base_digest=self._digest)
+        if choice_holds(kept, job, workers=1, device_bytes=left_bytes):
+            choice = replace(kept.choice, resident=self.plan.resident)
+        else:
+            choice = self._choose(own, left_bytes)
+        return replace(kept, choice=choice, **made)
+
+    def _choose(self, job: JobSpec, left_bytes: int) -> Choice:
+        try:
+            return choose(job, self.group.facts, left_bytes)
+        except ModelError as error:
+            raise DoesNotFit(str(error)) from None
+
+    def _as_held(self, job: JobSpec) -> JobSpec:
+        """A job whose base is held as the lane holds it."""
+        if job.model.weight_bits != 4:
+            return job
+        held = job.model.model_copy(update={"resident": self.plan.resident})
+        return job.model_copy(update={"model": held})
 
 
 def _plan(group: Group, device_bytes: int) -> Lane:

@@ -14,17 +14,19 @@ import ray
 
 from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
-from raytune_ft.errors import SpecError, StorageError, TrainingError
+from raytune_ft.errors import RunHeld, SpecError, StorageError, TrainingError
 from raytune_ft.fleet.desk import Desk, News, Order
 from raytune_ft.fleet.events import FleetResult
-from raytune_ft.fleet.lanes import LANES, Lanes, place_lanes
+from raytune_ft.fleet.lanes import CHANNEL_CHARACTERS, LANES, Lanes, place_lanes
 from raytune_ft.fleet.placement import Placed
 from raytune_ft.fleet.plan import FleetPlan, plan_fleet
-from raytune_ft.fleet.queue import Entry, Queue
+from raytune_ft.fleet.entry import Entry
+from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.story import OnFleetEvent, Story
 from raytune_ft.models import base_identity, model_folder, read_facts
 from raytune_ft.spec import FleetSpec, JobSpec
 from raytune_ft.storage import Storage, disk_errors, join_uri, open_storage
+from raytune_ft.train.budgets import cause
 from raytune_ft.train.launch import inputs_of, ray_session
 from raytune_ft.train.lease import Lease, hold
 from raytune_ft.train.run import Run, digest
@@ -181,18 +183,21 @@ class _Snapshots:
 
     home: Storage
     due_at: float = 0.0
+    unsent: bytes | None = None
 
     @property
     def due(self) -> bool:
         return time.monotonic() >= self.due_at
 
     def keep(self, snapshot: bytes | None) -> None:
-        if snapshot is None:
+        """Write the newest one; what could not be written is tried again when the next is due."""
+        self.unsent = snapshot or self.unsent
+        if self.unsent is None or not (snapshot or self.due):
             return
         self.due_at = time.monotonic() + _SNAPSHOT_EVERY_S
-        # The next one comes soon, and holds all that this one does.
         with suppress(StorageError):
-            self.home.write(QUEUE_FILE, snapshot)
+            self.home.write(QUEUE_FILE, self.unsent)
+            self.unsent = None
 
 
 def _train(
@@ -227,13 +232,30 @@ def _train(
         snapshots = _Snapshots(home)
         try:
             _follow(desk, lanes, plan.fleet.lanes.max, lease, story, snapshots)
+        except ray.exceptions.RayError as error:
+            raise TrainingError(
+                f"the fleet's desk, a process beside this one, was lost: {cause(error)}; the same command "
+                "goes on from the last checkpoints"
+            ) from None
         finally:
-            with suppress(ray.exceptions.RayError):
-                snapshots.keep(ray.get(desk.news.remote(snapshot=True)).snapshot)
-            ray.kill(desk)
-            with suppress(StorageError):
-                for found in list(home.list(LANES)):
-                    home.delete(found.key)
+            _close(desk, home, lease, channel, snapshots)
+
+
+def _close(desk: Any, home: Storage, lease: Lease, channel: str, snapshots: _Snapshots) -> None:
+    """Keep the queue's state, and remove what Ray Train wrote of the lanes."""
+    try:
+        lease.check()
+    except RunHeld:
+        # The fleet is another driver's, and so are its files.
+        ray.kill(desk)
+        return
+    with suppress(ray.exceptions.RayError):
+        snapshots.due_at = 0.0
+        snapshots.keep(ray.get(desk.news.remote(snapshot=True)).snapshot)
+    ray.kill(desk)
+    with suppress(StorageError):
+        for found in list(home.list(f"{LANES}{channel[:CHANNEL_CHARACTERS]}")):
+            home.delete(found.key)
 
 
 def _follow(desk: Any, lanes: Lanes, most: int, lease: Lease, story: Story, snapshots: _Snapshots) -> None:
@@ -245,21 +267,34 @@ def _follow(desk: Any, lanes: Lanes, most: int, lease: Lease, story: Story, snap
         story.take(news)
         if news.ended:
             break
-        if news.barren_losses > MOST_BARREN_LOSSES:
-            raise TrainingError(
-                f"{news.barren_losses} lanes were lost one after another before any of them had done a step; "
-                f"the last one: {news.reason}; the same command goes on from the last checkpoints"
-            )
+        check_barren(news)
         if news.counts.get("queued", 0) and not news.stopped:
             lanes.start(min(most, news.counts.get("queued", 0) + news.counts.get("leased", 0)))
         lanes.tell_waiting(joined=story.lanes_joined > 0)
         time.sleep(_POLL_S)
     give_up_at = time.monotonic() + _CLOSE_S
-    while story.at_work and time.monotonic() < give_up_at:
-        time.sleep(_POLL_S)
-        story.take(ray.get(desk.news.remote()))
+    # All is done: who is lost now is not missed.
+    with suppress(ray.exceptions.RayError):
+        while story.at_work and time.monotonic() < give_up_at:
+            time.sleep(_POLL_S)
+            story.take(ray.get(desk.news.remote()))
     # Those that still wait for room end by themselves.
     lanes.wait(_LEAVE_S)
+
+
+def check_barren(news: News) -> None:
+    """Give up where one lane after another is lost and none comes to train; several may be lost at once.
+
+    Raises:
+        TrainingError: so it is.
+        StorageError: so it is, and it was the store that failed.
+    """
+    if news.barren.losses > max(MOST_BARREN_LOSSES, news.lanes):
+        kind = StorageError if news.barren.cause == "store" else TrainingError
+        raise kind(
+            f"{news.barren.losses} lanes were lost one after another before any of them had done a step; "
+            f"the last one: {news.barren.reason}; the same command goes on from the last checkpoints"
+        )
 
 
 def _threads(home: Storage, threads: int) -> int:

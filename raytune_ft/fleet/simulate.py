@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raytune_ft.errors import SpecError
-from raytune_ft.fleet.queue import Queue, QueuedJob
+from raytune_ft.fleet.entry import QueuedJob
+from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.work import LaneSpeed, Work
 
 _HOPELESS_PREEMPTIONS = 1000

@@ -35,7 +35,7 @@ class Story:
 
     def __init__(self, on_event: OnFleetEvent) -> None:
         """The fleet was called for now; `on_event` hears of everything."""
-        self.began_at = time.time()
+        self.began_at = time.monotonic()
         self._on_event = on_event
         self._events: list[FleetEvent] = []
         self._outcomes: dict[str, JobOutcome] = {}
@@ -49,7 +49,7 @@ class Story:
     @property
     def at_s(self) -> float:
         """Seconds since the fleet was called for."""
-        return time.time() - self.began_at
+        return time.monotonic() - self.began_at
 
     def notice(self, text: str) -> None:
         """A line for a person."""

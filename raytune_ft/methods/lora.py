@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import dropped, feature_keys, module_seed
 from raytune_ft.methods.grouped import grouped_update, serves
-from raytune_ft.methods.routing import Part, Routed
+from raytune_ft.methods.routing import Part, Route, Routed
 from raytune_ft.models import Task, head_paths, task_of
 from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import LoraSpec
@@ -57,10 +57,15 @@ class Adapter(nn.Module):
 
     def kept(self, x: Tensor, part: Part) -> Tensor:
         """What dropout leaves of x (…, in); `scale` makes up for what it takes."""
-        if not (self.training and self._dropout):
+        if not self.drops:
             return x
         drop_NF = dropped(self._seed, part.keys, self._feature_key_F, self._dropout)
         return x.masked_fill(drop_NF.view_as(x), 0.0)
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything of its input is dropped."""
+        return self.training and self._dropout > 0
 
     @property
     def scale(self) -> float:
@@ -98,8 +103,9 @@ class LoraLinear(Routed):
         if all(adapter is None for adapter in adapters):
             return y
         x_ND, y_NO = x.flatten(0, -2), y.flatten(0, -2)
-        update = _grouped if serves(x_ND, y_NO) else _one_by_one
-        return update(x_ND, y_NO, parts, adapters).view_as(y)
+        if serves(x_ND, y_NO):
+            return _grouped(self.route, x_ND, y_NO, parts, adapters).view_as(y)
+        return _one_by_one(x_ND, y_NO, parts, adapters).view_as(y)
 
 
 def _one_by_one(
@@ -111,17 +117,28 @@ def _one_by_one(
     return torch.cat([y if adapter is None else adapter(x, y, part) for adapter, x, y, part in pieces])
 
 
-def _grouped(x_ND: Tensor, y_NO: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]) -> Tensor:
-    own = torch.split(x_ND, [part.stop - part.start for part in parts])
-    pieces = zip(adapters, own, parts, strict=True)
-    kept = [x if adapter is None else adapter.kept(x, part) for adapter, x, part in pieces]
+def _grouped(
+    route: Route,
+    x_ND: Tensor,
+    y_NO: Tensor,
+    parts: Sequence[Part],
+    adapters: Sequence[Adapter | None],
+) -> Tensor:
     return grouped_update(
-        torch.cat(kept),
+        _kept(x_ND, parts, adapters),
         y_NO,
-        [part.stop for part in parts],
-        [1.0 if adapter is None else adapter.scale for adapter in adapters],
+        route.groups(tuple(1.0 if adapter is None else adapter.scale for adapter in adapters), x_ND.device),
         [None if adapter is None else (adapter.lora_A, adapter.lora_B) for adapter in adapters],
     )
+
+
+def _kept(x_ND: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]) -> Tensor:
+    """What dropout leaves of all tokens: where nobody drops no copy, which the backward pass would keep."""
+    if not any(adapter is not None and adapter.drops for adapter in adapters):
+        return x_ND.contiguous()
+    own = torch.split(x_ND, [part.stop - part.start for part in parts])
+    pieces = zip(adapters, own, parts, strict=True)
+    return torch.cat([x if adapter is None else adapter.kept(x, part) for adapter, x, part in pieces])
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """Which tokens of a pass are whose: the jobs of a pass stand side by side, each with its own adapter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import token_keys
+from raytune_ft.methods.grouped import Groups
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,19 @@ class Share:
     """Number of each token's example within the step: of all tokens of B rows, or of whole rows (B, 1)."""
     position_BT: Tensor
     """Position of each token in its example."""
+    _keys: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def keys(self, tokens: int) -> Tensor:
         """Keys of the tokens that a layer sees of it, from which dropout is drawn; see `token_keys`.
 
         A layer may see other tokens than the rows have: those of a decoder, or one of each row. Where these
-        do not come in rows either, only their order tells them apart.
+        do not come in rows either, only their order tells them apart. All layers share them.
         """
+        if tokens not in self._keys:
+            self._keys[tokens] = self._new_keys(tokens)
+        return self._keys[tokens]
+
+    def _new_keys(self, tokens: int) -> Tensor:
         rows, columns = self.example_BX.shape
         if tokens == self.position_BT.numel() and columns == self.position_BT.shape[1]:
             return token_keys(self.step, self.example_BX.flatten(), self.position_BT.flatten())
@@ -51,9 +58,9 @@ class Part:
         self.stop = stop
         self._share = share
 
-    @cached_property
+    @property
     def keys(self) -> Tensor:
-        """Keys (stop - start,) from which dropout is drawn; all layers share them."""
+        """Keys (stop - start,) from which dropout is drawn."""
         return self._share.keys(self.stop - self.start)
 
 
@@ -62,7 +69,8 @@ class Route:
 
     def __init__(self, shares: Sequence[Share]) -> None:
         self._shares = shares
-        self._parts: dict[int, list[Part]] = {}
+        self._stops = list(accumulate(share.position_BT.numel() for share in shares))
+        self._groups: dict[tuple[float, ...], Groups] = {}
 
     @classmethod
     def whole(cls, slot: int) -> "Route":
@@ -76,25 +84,22 @@ class Route:
         Raises:
             ModelError: several jobs share the pass, and the layer does not see all of its tokens.
         """
-        if tokens not in self._parts:
-            self._parts[tokens] = self._divided(tokens)
-        return self._parts[tokens]
-
-    def _divided(self, tokens: int) -> list[Part]:
+        # Nothing is kept by the number of tokens: a compiled pass would be one of that number alone.
         if len(self._shares) == 1:
             return [Part(self._shares[0], 0, tokens)]
-        parts = []
-        start = 0
-        for share in self._shares:
-            stop = start + share.position_BT.numel()
-            parts.append(Part(share, start, stop))
-            start = stop
-        if start != tokens:
+        if self._stops[-1] != tokens:
             raise ModelError(
-                f"a layer sees {tokens} tokens of a pass that has {start}: jobs cannot share passes through "
-                "this model; train them one after another"
+                f"a layer sees {tokens} tokens of a pass that has {self._stops[-1]}: jobs cannot share passes "
+                "through this model; train them one after another"
             )
-        return parts
+        starts = (0, *self._stops)
+        return [Part(*each) for each in zip(self._shares, starts, self._stops, strict=False)]
+
+    def groups(self, scales: tuple[float, ...], device: torch.device) -> Groups:
+        """The parts with a scale each, on the device: made once for all layers that have the same scales."""
+        if scales not in self._groups:
+            self._groups[scales] = Groups.of(self._stops, scales, device)
+        return self._groups[scales]
 
 
 class Routed(nn.Module):

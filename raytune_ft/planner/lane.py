@@ -21,13 +21,22 @@ class Lane:
     slots: int
     memory: MemoryPlan
     """With those jobs that need most: whichever meet on the lane fit as well."""
+    row_tokens: tuple[int, ...]
+    """See `row_tokens`, of as many jobs as there are slots, the most first: what a pass of so many may hold."""
+
+
+def row_tokens(job: JobSpec) -> int:
+    """What the least block of a job may hold, in tokens: a row, or as many rows as it asks for."""
+    asked = job.batch.sequences_per_worker
+    rows = 1 if asked == "auto" else min(asked, job.batch.sequences)
+    return rows * job.data.max_tokens
 
 
 def lane_memory(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str) -> MemoryPlan:
-    """Predict the peak of a lane while it trains jobs of one base, in passes with a row of each.
+    """Predict the peak of a lane while it trains jobs of one base, in passes with the least block of each.
 
     The weights of the base stand there once. Each job adds its adapter, its gradients, its optimizer's state
-    and the activations of a row of its `max_tokens`.
+    and the activations of its least block; see `row_tokens`.
 
     Args:
         facts: of the base.
@@ -36,14 +45,14 @@ def lane_memory(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str) -> Me
     """
     base_bytes = weight_bytes(facts, jobs[0].model, resident)
     alone = [
-        memory_plan(facts, job, resident=resident, tokens_per_forward=job.data.max_tokens) for job in jobs
+        memory_plan(facts, job, resident=resident, tokens_per_forward=row_tokens(job)) for job in jobs
     ]
     return MemoryPlan(
         weights=base_bytes + sum(plan.weights - base_bytes for plan in alone),
         gradients=sum(plan.gradients for plan in alone),
         optimizer=sum(plan.optimizer for plan in alone),
         activations=sum(plan.activations for plan in alone),
-        logits=logits_bytes(facts, sum(job.data.max_tokens for job in jobs)),
+        logits=logits_bytes(facts, sum(map(row_tokens, jobs))),
         workspace=max(plan.workspace for plan in alone),
     )
 
@@ -68,7 +77,7 @@ def choose_lane(
     model = jobs[0].model
     asked: Resident = "dequantised" if model.resident == "dequantised" else "packed"
     if device_bytes is None:
-        return Lane(asked, most, _worst(facts, jobs, asked, most))
+        return Lane(asked, most, _worst(facts, jobs, asked, most), _most_tokens(jobs, most))
     usable = usable_bytes(device_bytes)
     slots = _fitting(facts, jobs, asked, most, usable)
     if not slots:
@@ -78,20 +87,29 @@ def choose_lane(
     free = model.resident == "auto" and model.weight_bits == 4
     if free and _fitting(facts, jobs, "dequantised", most, usable // 2) == slots:
         asked = "dequantised"
-    return Lane(asked, slots, _worst(facts, jobs, asked, slots))
+    return Lane(asked, slots, _worst(facts, jobs, asked, slots), _most_tokens(jobs, slots))
 
 
 def _worst(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str, slots: int) -> MemoryPlan:
-    """At least what any `slots` of the jobs need together."""
+    """At least what any `slots` of the jobs need together.
 
-    def own_bytes(job: JobSpec) -> int:
-        plan = lane_memory(facts, [job], resident)
-        return plan.weights + plan.gradients + plan.optimizer + plan.activations
+    The largest states need not be those of the jobs with the longest rows, nor these those that keep most
+    for each token.
+    """
+    alone = {id(job): lane_memory(facts, [job], resident) for job in jobs}
 
-    plan = lane_memory(facts, sorted(jobs, key=own_bytes, reverse=True)[:slots], resident)
-    # The longest rows need not be those of the largest jobs.
-    longest = sorted((job.data.max_tokens for job in jobs), reverse=True)[:slots]
-    return replace(plan, logits=logits_bytes(facts, sum(longest)))
+    def state_bytes(job: JobSpec) -> int:
+        plan = alone[id(job)]
+        return plan.weights + plan.gradients + plan.optimizer
+
+    plan = lane_memory(facts, sorted(jobs, key=state_bytes, reverse=True)[:slots], resident)
+    tokens = sum(_most_tokens(jobs, slots))
+    token_bytes = max(alone[id(job)].activations // row_tokens(job) for job in jobs)
+    return replace(plan, activations=token_bytes * tokens, logits=logits_bytes(facts, tokens))
+
+
+def _most_tokens(jobs: Sequence[JobSpec], slots: int) -> tuple[int, ...]:
+    return tuple(sorted(map(row_tokens, jobs), reverse=True)[:slots])
 
 
 def _fitting(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str, most: int, limit_bytes: int) -> int:

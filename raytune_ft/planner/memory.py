@@ -106,7 +106,7 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
     """
     sharding = Sharding.of(job)
     size = compute_bytes(job.model)
-    per_layer = (14 * facts.hidden + 4 * facts.intermediate) * size
+    per_layer = (14 * facts.hidden + 4 * facts.intermediate) * size + _dropped_bytes(facts, job, size)
     layers = _differentiated_layers(facts, job)
     kept = (
         facts.hidden * size * layers + per_layer if job.model.gradient_checkpointing else per_layer * layers
@@ -128,6 +128,14 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
     # A quantised base is loaded whole and then divided: before there is anything else on the device.
     loading = weight_bytes(facts, job.model, resident) if job.model.weight_bits < 16 else 0
     return replace(training, workspace=training.workspace + max(0, loading - training.total))
+
+
+def _dropped_bytes(facts: ModelFacts, job: JobSpec, size: int) -> int:
+    """Bytes that the dropout of adapters keeps per token and layer: a mask and a copy of each of their inputs."""
+    if not isinstance(job.method, LoraSpec) or not job.method.dropout:
+        return 0
+    # q, k, v, up and gate; o; down.
+    return (5 * facts.hidden + facts.attention + facts.intermediate) * (size + 1)
 
 
 def _whole_states(facts: ModelFacts, job: JobSpec, resident: str) -> tuple[int, int, int, int]:

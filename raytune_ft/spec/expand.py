@@ -43,6 +43,10 @@ def expand(fleet: FleetSpec, uris: Iterable[str] = (), *, place: str = "fleet") 
         if not found:
             nothing = "no such file, and no folder or glob with files"
             raise SpecError(message(place, [f"for_each.glob = {fleet.for_each.glob}: {nothing}"]))
+        if variables := [uri for uri in found if "${" in uri]:
+            # Whoever may write there could have any variable of this environment sent to the store.
+            line = f"{variables[0]}: has '${{' in its name, which a job file takes for a variable; rename it"
+            raise SpecError(message(place, [f"for_each.glob = {fleet.for_each.glob}: {line}"]))
         drafts += [_draft_of(fleet.defaults, fleet.for_each, uri) for uri in found]
     jobs, problems = check_drafts(drafts)
     problems += collisions(jobs)
@@ -155,6 +159,8 @@ def _unfit(job: JobSpec) -> list[str]:
         found.append(
             f"cluster.zero_stage = {cluster.zero_stage}: a lane divides nothing; set it to 0, or {alone}"
         )
+    if job.model.compile:
+        found.append(f"model.compile = true: is for one job, and a lane's come and go; remove it, or {alone}")
     if isinstance(job.method, FullSpec):
         found.append(f"method.kind = full: changes the base, which a lane's jobs share; use lora, or {alone}")
     return found

@@ -1,5 +1,6 @@
 """The bank: one resident base on one device, and the jobs that are trained on it, one or many."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,7 @@ from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import OptimizerSpec, Section
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.forward import forward_of
 from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.optimizers import make_optimizer
@@ -42,6 +44,7 @@ class Bank:
         tokens_per_pass: int = 0,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
+        paged: bool = True,
     ) -> None:
         """Take over a base.
 
@@ -51,12 +54,16 @@ class Bank:
                 `can_share_passes` holds; 0: each job has passes of its own.
             gradient_checkpointing: recompute activations in the backward pass.
             compiled: see `forward_of`; each job has passes of its own.
+            paged: let optimizers page their states, where a job asks for it; what they page is never freed.
         """
         self.model = model
         self.device = next(model.parameters()).device
         self.tokens_per_pass = tokens_per_pass
         self._forward = forward_of(model, compiled=compiled)
+        embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # a module may have anything
+        self._vocabulary = len(embeddings)
         self._jobs: dict[int, Method] = {}
+        self._paged = paged
         self._spent = False
         self._head_of: BankEngine | None = None
         # A classifier's head is trained whole: each job begins with that of the base, and keeps its own.
@@ -93,22 +100,32 @@ class Bank:
         for name, tensor in self.head.items():
             self._install(name, nn.Parameter(tensor.clone(), requires_grad=False))
         self._head_of = None
-        parameters = kind.add(self.model, method, seed, slot)
-        self._jobs[slot] = kind
+        # A base that is trained itself is another one from here on.
         self._spent = kind.remove is None
-        return BankEngine(
-            self,
-            parameters,
-            optimizer,
-            slot=slot,
-            seed=seed,
-            shares_passes=kind.shares_passes,
-            unfreezing=kind.unfreezing(self.model, method),
-            peers=peers,
-        )
+        try:
+            engine = BankEngine(
+                self,
+                kind.add(self.model, method, seed, slot),
+                optimizer,
+                slot=slot,
+                seed=seed,
+                shares_passes=kind.shares_passes,
+                unfreezing=kind.unfreezing(self.model, method),
+                peers=peers,
+                paged=self._paged,
+            )
+        except BaseException:
+            # What is left of its adapters would be taken for those of the next job in the slot.
+            if kind.remove is not None:
+                kind.remove(self.model, slot)
+            raise
+        self._jobs[slot] = kind
+        return engine
 
     def leave(self, engine: "BankEngine") -> None:
         """Free the slot of a job that has entered. No other job's state changes."""
+        if self._head_of is engine:
+            self._head_of = None
         remove = self._jobs.pop(engine.slot).remove
         if remove is not None:
             remove(self.model, engine.slot)
@@ -118,19 +135,53 @@ class Bank:
 
         Raises:
             OutOfMemory: the device's memory does not hold the pass.
+            DeviceFailed: the device does not work any more.
+            Exception: of the backward pass of several blocks, whose gradients are then partly added.
         """
+        failures = [block.batch.unknown_token(self._vocabulary) for block in blocks]
+        sound = [block for block, failure in zip(blocks, failures, strict=True) if failure is None]
+        found = iter(self._pass(sound) if sound else ())
+        return [failure or next(found) for failure in failures]
+
+    def _pass(self, blocks: Sequence[Block]) -> list[list[float] | Exception]:
+        failure: Exception | None = None
         try:
             objective, losses = self._objective(blocks)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(blocks, error) from None
         except Exception as error:  # noqa: BLE001  it ends the job that it comes from, and no other
+            _raise_fault(blocks, error)
             if len(blocks) == 1:
                 return [error]
-            return [found for block in blocks for found in self.accumulate([block])]
+            # Its frames hold the memory of the pass.
+            failure = error.with_traceback(None)
+        if failure is not None:
+            return self._one_by_one(blocks, failure)
         try:
-            objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(blocks, error) from None
+            return self._learn(blocks, objective, losses)
+        except Exception as error:
+            _raise_fault(blocks, error)
+            if len(blocks) > 1:
+                raise
+            return [error]
+
+    def _one_by_one(self, blocks: Sequence[Block], failure: Exception) -> list[list[float] | Exception]:
+        """Blocks that cannot be computed together: those that are to blame fail alone as well."""
+        found = [sums for block in blocks for sums in self._pass([block])]
+        if not any(isinstance(sums, Exception) for sums in found):
+            # Nobody is to blame, so the next pass of several would fail like this one.
+            self.tokens_per_pass = 0
+            warnings.warn(
+                f"{type(self.model).__name__} does not compute several jobs in a pass "
+                f"({type(failure).__name__}: {failure}); they take turns from now on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def _learn(
+        self, blocks: Sequence[Block], objective: Tensor, losses: Sequence[Tensor]
+    ) -> list[list[float] | Exception]:
+        """Add the gradients; the sums of cross-entropies of each block by source."""
+        objective.backward()  # type: ignore[no-untyped-call]  # torch does not type it
         for block in blocks:
             _own(block).collect()
         sums = [
@@ -177,7 +228,13 @@ class Bank:
 
     @torch.no_grad()
     def evaluate(self, engine: "BankEngine", batch: Batch) -> float:
-        """Sum of cross-entropies of a batch by the weights of one job."""
+        """Sum of cross-entropies of a batch by the weights of one job.
+
+        Raises:
+            DataError: it has tokens that the base does not know.
+        """
+        if (failure := batch.unknown_token(self._vocabulary)) is not None:
+            raise failure
         self.select(engine)
         self.model.eval()
         batch = batch.to(self.device)
@@ -218,6 +275,7 @@ class BankEngine:
         shares_passes: bool = True,
         unfreezing: Unfreezing | None = None,
         peers: Peers = Peers(),
+        paged: bool = True,
     ) -> None:
         """Train the given parameters.
 
@@ -230,6 +288,7 @@ class BankEngine:
             shares_passes: whether its blocks may stand beside those of other jobs.
             unfreezing: from which step on each parameter is trained; None: all from the first.
             peers: the workers that train it.
+            paged: see `make_optimizer`.
         """
         self.base = bank
         self.model = bank.model
@@ -244,7 +303,7 @@ class BankEngine:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
-        self.optimizer = make_optimizer(list(self.masters.values()), optimizer)
+        self.optimizer = make_optimizer(list(self.masters.values()), optimizer, paged=paged)
 
     def begin(self, step: int) -> None:
         """Leave those without a gradient that are not trained yet: clipping and optimizer pass them over.
@@ -332,9 +391,14 @@ def _own(block: Block) -> BankEngine:
     return cast(BankEngine, block.engine)
 
 
-def _out_of_memory(blocks: Sequence[Block], error: torch.OutOfMemoryError) -> OutOfMemory:
-    tokens = sum(block.batch.input_ids_BT.numel() for block in blocks)
-    return OutOfMemory(
-        f"step {blocks[0].step}: {tokens} tokens in a forward pass do not fit the device; use a smaller "
-        f"batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
-    )
+def _raise_fault(blocks: Sequence[Block], error: Exception) -> None:
+    """Raise what an error of a pass says of the device, if it says anything."""
+    fault = fault_of_device(error)
+    if isinstance(fault, OutOfMemory):
+        tokens = sum(block.batch.input_ids_BT.numel() for block in blocks)
+        raise OutOfMemory(
+            f"step {blocks[0].step}: {tokens} tokens in a forward pass do not fit the device; use a smaller "
+            f"batch.sequences_per_worker or model.gradient_checkpointing: true ({error})"
+        ) from None
+    if fault is not None:
+        raise fault from None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raytune_ft.data.pack import balanced_capacity, pack_first_fit
 from raytune_ft.data.tokenise import answer_start
+from raytune_ft.errors import DataError
 from raytune_ft.models import question_ids
 
 LEAST_ROWS = 4
@@ -55,6 +56,8 @@ class Batch:
     """Tokens without padding."""
     decoder_ids_BS: Tensor | None = None
     """What a decoder reads beside the rows, S tokens each."""
+    plain: bool = False
+    """Whether each row is known to be one example, without padding."""
 
     @property
     def learned_tokens(self) -> int:
@@ -67,6 +70,20 @@ class Batch:
         mask_BT = (self.position_ids_BT > 0).long()
         mask_BT[:, 0] = 1
         return mask_BT
+
+    def unknown_token(self, vocabulary: int) -> DataError | None:
+        """Why a base with embeddings for so many tokens cannot compute the batch, which is on the CPU.
+
+        A GPU would answer to such a token by ending all that computes on it.
+        """
+        least, most = torch.cat([self.input_ids_BT.flatten(), self.labels_N]).aminmax()
+        if least >= 0 and most < vocabulary:
+            return None
+        wrong = int(least if least < 0 else most)
+        return DataError(
+            f"the tokenizer makes token {wrong}, and the base has embeddings for 0 to {vocabulary - 1}; give "
+            "the base the tokenizer that it was trained with"
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -287,7 +304,8 @@ def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
     flat = (np.concatenate(parts) for parts in (predictors, labels, groups))
     arrays = (input_ids, position_ids, *flat, numbers)
     ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT = map(torch.from_numpy, arrays)
-    return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT, tokens)
+    plain = all(len(row) == 1 and len(row[0].input_ids) == width for row in rows)
+    return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT, tokens, plain=plain)
 
 
 def _numbers(examples: Sequence[Tokens]) -> Tensor:

@@ -68,7 +68,11 @@ class Base(Protocol):
 
         Returns:
             For each block its sums of cross-entropies by source; or why it cannot be computed, in which case
-            it left no gradient.
+            it left no gradient to another job.
+
+        Raises:
+            OutOfMemory: the device's memory does not hold the pass.
+            DeviceFailed: the device does not work any more.
         """
         ...
 

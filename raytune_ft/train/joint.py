@@ -5,6 +5,7 @@ width and no padding. In the attention each block gets its own shape back: what 
 compute alone, and nothing of one block reaches another, not even what is not finite.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,8 +21,8 @@ from raytune_ft.train.batch import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAME = "raytune_blocks"
-_PLAIN = "sdpa"
+_NAME = "sdpa"
+"""What transformers calls the attention that is computed in blocks here."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class _Block:
     start: int
     rows: int
     width: int
-    packed: bool
-    """Whether a row holds more than one example, or padding."""
+    plain: bool
+    """Whether each row is one example, without padding."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Masks:
 
     blocks: Sequence[_Block]
     masks: Sequence[Tensor | None]
-    """Of each block (B, 1, T, T), True where a token sees another; None: what stands before it."""
+    """Of each block (B, 1, T, T), what is added to the scores; None: a token sees what stands before it."""
 
 
 _current: ContextVar[Sequence[_Block]] = ContextVar("blocks")
@@ -63,10 +64,11 @@ def side_by_side(model: "PreTrainedModel", batches: Sequence[Batch]) -> Tensor:
 
 
 def _use_blocks(model: "PreTrainedModel") -> None:
-    """Let the model's attention ask here; without blocks it stays what it was."""
-    if model.config._attn_implementation == _NAME:
-        return
-    if model.config._attn_implementation != _PLAIN:
+    """Let transformers ask here; without blocks all attention stays what it was.
+
+    It keeps its name, because architectures look at it and compute otherwise under another.
+    """
+    if model.config._attn_implementation != _NAME:
         raise ModelError(
             f"{type(model).__name__} computes its attention by '{model.config._attn_implementation}', which "
             "jobs cannot share; train them one after another"
@@ -75,7 +77,6 @@ def _use_blocks(model: "PreTrainedModel") -> None:
 
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
-    model.set_attn_implementation(_NAME)
 
 
 @contextmanager
@@ -84,8 +85,7 @@ def _blocks_of(batches: Sequence[Batch]) -> Iterator[None]:
     start = 0
     for batch in batches:
         rows, width = batch.position_ids_BT.shape
-        packed = bool((batch.position_ids_BT.diff(dim=1) != 1).any())
-        blocks.append(_Block(start, rows, width, packed))
+        blocks.append(_Block(start, rows, width, batch.plain))
         start += rows * width
     token = _current.set(blocks)
     try:
@@ -112,19 +112,24 @@ def _mask(**given: Any) -> "Tensor | _Masks | None":
     return _Masks(
         blocks,
         [
-            _block_mask(block, sees, given["device"])
-            if block.packed or (window is not None and block.width >= window)
-            else None
+            None
+            if block.plain and (window is None or block.width < window)
+            else _block_mask(block, sees, given["device"], given["dtype"])
             for block in blocks
         ],
     )
 
 
-def _block_mask(block: _Block, sees: Callable[..., Tensor], device: torch.device) -> Tensor:
+def _block_mask(
+    block: _Block, sees: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
+) -> Tensor:
     place_BT = torch.arange(block.rows * block.width, device=device).view(block.rows, block.width)
     place_BT = place_BT + block.start
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
-    mask_B1TT: Tensor = sees(zero, zero, place_BT[:, None, :, None], place_BT[:, None, None, :])
+    sees_B1TT: Tensor = sees(zero, zero, place_BT[:, None, :, None], place_BT[:, None, None, :])
+    # torch would make the same of it in each layer, and keep it for the backward pass.
+    mask_B1TT = torch.zeros(sees_B1TT.shape, dtype=dtype, device=device)
+    mask_B1TT.masked_fill_(~sees_B1TT, -math.inf)
     return mask_B1TT.expand(block.rows, 1, block.width, block.width)
 
 
@@ -147,7 +152,9 @@ def _attention(
     blocks = attention_mask.blocks
     pieces = [_in_blocks(tensor, blocks) for tensor in (query, key, value)]
     outputs = [
-        sdpa_attention_forward(module, *each, mask, **settings)[0].flatten(0, 1)
+        sdpa_attention_forward(
+            module, *each, mask if mask is None else mask.to(query.dtype), **settings
+        )[0].flatten(0, 1)
         for *each, mask in zip(*pieces, attention_mask.masks, strict=True)
     ]
     return torch.cat(outputs)[None], None

@@ -13,6 +13,7 @@ from typing import Any
 from raytune_ft.errors import Diverged
 from raytune_ft.train.batch import Batch, Step
 from raytune_ft.train.engine import Base, Block, Engine
+from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.peers import Peers
 
 REMEDY = "lower optimizer.learning_rate, raise schedule.warmup or lower optimizer.max_grad_norm"
@@ -63,7 +64,8 @@ class Trainee:
     report: Callable[[StepReport], None]
     """Called after each step."""
     leave: Callable[[Exception | None], None]
-    """Called once, when the steps end, or with what ended the job before; the loop is through with it."""
+    """Called once, when the steps end, or with what ended the job before; the loop is through with it. Not
+    called where the device is at fault: then training is over for all."""
 
 
 Offer = Callable[[int], Iterable[Trainee]]
@@ -86,6 +88,7 @@ def fit(
     Raises:
         Diverged: a loss or gradient is not finite; the weights are those of the step before. All workers
             raise it at the same step.
+        OutOfMemory, DeviceFailed: see `train`.
         Exception: what the steps, the passes and the report raise.
     """
     ends: list[Exception | None] = []
@@ -110,6 +113,11 @@ def train(base: Base, offer: Offer, *, peers: Peers = Peers()) -> None:
         base: all engines are on it.
         offer: gives those that join.
         peers: the workers of the run. Several train the same jobs, which join all of them in the same round.
+
+    Raises:
+        OutOfMemory: the device's memory is full, wherever that was: its jobs share it, and none is to blame.
+        DeviceFailed: the device does not work any more.
+        Exception: what `offer` raises, and a backward pass of several jobs.
     """
     running: list[_Running] = []
     while True:
@@ -230,6 +238,8 @@ class _Running:
         )
 
     def _leave(self, reason: Exception | None) -> bool:
+        if reason is not None and (fault := fault_of_device(reason)) is not None:
+            raise fault from None
         self._trainee.leave(reason)
         return False
 

@@ -9,10 +9,17 @@ from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import OptimizerSpec
 
 
-def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: list[nn.Parameter], spec: OptimizerSpec, *, paged: bool = True
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or its 8-bit and paged kinds (Dettmers et al. 2022, 2023).
 
     Weight decay acts on matrices only: pulling norms and biases to zero has no regularising meaning.
+
+    Args:
+        parameters: what it trains.
+        spec: of the job.
+        paged: page the state on a GPU, where the job asks for it. bitsandbytes never frees what it pages.
     """
     groups = [
         {"params": [p for p in parameters if len(whole_shape(p)) >= 2], "weight_decay": spec.weight_decay},
@@ -25,7 +32,7 @@ def make_optimizer(parameters: list[nn.Parameter], spec: OptimizerSpec) -> torch
     import bitsandbytes as bnb
 
     # Paging moves state between a GPU's memory and the host's; on CPU there is one memory.
-    paged = spec.kind.startswith("paged") and parameters[0].device.type == "cuda"
+    paged = paged and spec.kind.startswith("paged") and parameters[0].device.type == "cuda"
     if spec.kind == "paged_adamw_32bit":
         kind = bnb.optim.PagedAdamW32bit if paged else bnb.optim.AdamW32bit
     else:

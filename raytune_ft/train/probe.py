@@ -1,5 +1,6 @@
 """A check of the loaded base before the first step: what packing and the head assume must hold."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -7,12 +8,15 @@ import torch
 from torch import Tensor
 
 from raytune_ft.errors import ModelError
+from raytune_ft.methods.lora import add_lora, remove_lora
+from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.models import decoder_start_id, task_of
+from raytune_ft.spec import LoraSpec
 from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens, assemble
 from raytune_ft.train.forward import forward_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LENGTHS = [7, 5, 9]
 _GIVEN = [1, 3, 4]
@@ -57,27 +61,69 @@ def check_isolation(model: "PreTrainedModel", *, packed: bool) -> None:
 
 
 @torch.no_grad()
-def can_share_passes(model: "PreTrainedModel") -> bool:
+def can_share_passes(model: "PreTrainedModel", *, max_tokens: int) -> bool:
     """Whether a pass may hold the blocks of several jobs, each of which computes what it does alone.
 
     Not where a base has dropout of its own, which is drawn for a pass as a whole; nor in 8 bits, where all
-    tokens of a pass choose what is kept in 16 bits; nor where the architecture keeps blocks apart otherwise
-    than by its attention, such as encoders and recurrent layers.
+    tokens of a pass choose what is kept in 16 bits; nor where positions are read from a pass as a whole; nor
+    where the architecture keeps blocks apart otherwise than by its attention, such as encoders and recurrent
+    layers.
+
+    Args:
+        model: without adapters.
+        max_tokens: of the longest row.
     """
     if task_of(model) != "causal" or getattr(model, "is_loaded_in_8bit", False) or _drops(model):
         return False
+    if _looks_at_whole_passes(model.config.get_text_config(), max_tokens):
+        return False
     model.eval()
-    forward, pad_id = forward_of(model), model.config.get_text_config().pad_token_id or 0
+    pad_id = model.config.get_text_config().pad_token_id or 0
     device = next(model.parameters()).device
-    first, second, third = _examples(model.config.get_text_config().vocab_size)
+    # All tokens are learned, since what comes from a neighbour may not reach far.
+    first, second, third = _examples(model.config.get_text_config().vocab_size, given=[1, 1, 1])
     batches = [assemble(rows, pad_id).to(device) for rows in ([[first, second], [third]], [[third]])]
-    alone_ND = torch.cat([forward.learned(batch) for batch in batches])
     try:
-        together_ND = forward.learned(*batches)
+        return all(_is_well_beside(model, batches, well) for well in range(len(batches)))
     except Exception:  # noqa: BLE001  code of any architecture; that it fails is the answer
         return False
+
+
+def _is_well_beside(model: "PreTrainedModel", batches: Sequence[Batch], well: int) -> bool:
+    """Whether one job gives what it gives alone, beside others all of whose numbers are NaN.
+
+    Numbers alone would not tell: what a recurrent layer or an expert takes from a neighbour may be little.
+    """
+    forward = forward_of(model)
+    alone_ND = forward.learned(batches[well])
+    slots = range(len(batches))
+    try:
+        for slot in slots:
+            for name, parameter in add_lora(model, LoraSpec(rank=1), 0, slot).items():
+                if slot != well and name.endswith("lora_B.weight"):
+                    parameter.fill_(torch.nan)
+        given = zip(slots, batches, strict=True)
+        set_route(model, Route([Share(slot, 0, one.example_BX, one.position_ids_BT) for slot, one in given]))
+        together = torch.split(forward.learned(*batches), [batch.learned_tokens for batch in batches])
+    finally:
+        for slot in slots:
+            remove_lora(model, slot)
     limit = _TOLERANCE.get(alone_ND.dtype, 6e-2) * float(alone_ND.abs().max())
-    return float((alone_ND.float() - together_ND.float()).abs().max()) <= limit
+    return float((alone_ND.float() - together[well].float()).abs().max()) <= limit
+
+
+def _looks_at_whole_passes(config: "PreTrainedConfig", max_tokens: int) -> bool:
+    """Whether the longest row of a pass, or its number of tokens, counts for all of its tokens."""
+    # Llama 4 counts the tokens of a row, and not their positions.
+    if getattr(config, "attn_temperature_tuning", False):
+        return True
+    given = getattr(config, "rope_parameters", None) or {}
+    # Some have one for each kind of layer.
+    kinds = [given, *(kind for kind in given.values() if isinstance(kind, dict))]
+    return any(
+        kind.get("rope_type") == "longrope" and max_tokens > kind.get("original_max_position_embeddings", 0)
+        for kind in kinds
+    )
 
 
 def _drops(model: "PreTrainedModel") -> bool:
@@ -107,12 +153,12 @@ def _arrangement(model: "PreTrainedModel") -> Arrangement:
             return Continuations()
 
 
-def _examples(vocabulary: int) -> list[Tokens]:
-    """All but the first tokens of a length are learned."""
+def _examples(vocabulary: int, given: Sequence[int] = _GIVEN) -> list[Tokens]:
+    """Of each so many tokens are given, and the others are learned."""
     generator = np.random.default_rng(0)
     return [
-        Tokens(generator.integers(0, vocabulary, length), np.arange(length) >= given)
-        for length, given in zip(_LENGTHS, _GIVEN, strict=True)
+        Tokens(generator.integers(0, vocabulary, length), np.arange(length) >= begun)
+        for length, begun in zip(_LENGTHS, given, strict=True)
     ]
 
 

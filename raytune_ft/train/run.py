@@ -14,9 +14,13 @@ from raytune_ft.train.lease import LEASE
 _TRAINING_SECTIONS = ("model", "data", "method", "optimizer", "schedule", "batch")
 _HOW_IT_FITS = {"model": ("resident", "gradient_checkpointing"), "batch": ("sequences_per_worker",)}
 """Fields that make a run fit its device: one that did not must be able to go on with others."""
+_HOW_LONG_IT_LASTS = {"cluster": ("max_restarts", "max_preemptions"), "checkpoint": None}
+"""Fields, None for all of a section, that are no part of what a job asks for: done stays done with others."""
 _STATE_FILE = "run.json"
 _RESULT_FILE = "result.json"
 _CHECKPOINTS = "checkpoint_"
+_LOOK_EVERY = 16
+"""Deletions, which take a moment each."""
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Written by Ray Train. What it does not name is no checkpoint."""
 
@@ -24,6 +28,15 @@ _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 def digest(value: Any) -> str:
     """sha256 of plain values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def asked_of(job: JobSpec) -> str:
+    """Names what a job asks for: jobs that have it equal, on equal inputs, have one result."""
+    asked = job.resolved()
+    for section, fields in _HOW_LONG_IT_LASTS.items():
+        kept = {} if fields is None else {n: v for n, v in asked[section].items() if n not in fields}
+        asked[section] = kept
+    return digest(asked)
 
 
 def name_inputs(data_fingerprint: str, base: str, others_fingerprint: str | None) -> str:
@@ -44,7 +57,7 @@ class RunState:
 
     def publish_id(self, job: JobSpec) -> str:
         """The same for every retry of this attempt with this job, so that it is published once."""
-        return f"{self.attempt}-{digest(job.resolved())[:12]}"
+        return f"{self.attempt}-{asked_of(job)[:12]}"
 
 
 class Run:
@@ -70,7 +83,10 @@ class Run:
         self._clear_leftovers()
 
     def _clear_leftovers(self) -> None:
-        for found in list(self.storage.list()):
+        for at, found in enumerate(list(self.storage.list())):
+            # Who was away meanwhile, and comes late, must not touch what another has begun.
+            if at % _LOOK_EVERY == 0 and self.storage.info(_STATE_FILE) is not None:
+                return
             # The state may be that of somebody who began in this moment.
             if found.key != _STATE_FILE and not found.key.startswith(LEASE):
                 self.storage.delete(found.key)
@@ -111,12 +127,13 @@ class Run:
         if text is None:
             return None
         kept: dict[str, Any] = json.loads(text)
-        same = kept["job"] == digest(self.job.resolved()) and kept["inputs"] == inputs
-        return kept["result"] if same else None
+        # Older results name all of the job.
+        same = kept["job"] in (asked_of(self.job), digest(self.job.resolved()))
+        return kept["result"] if same and kept["inputs"] == inputs else None
 
     def finish(self, result: dict[str, Any], inputs: str) -> None:
         """Remember the result, so that the same command need not train again."""
-        kept = {"job": digest(self.job.resolved()), "inputs": inputs, "result": result}
+        kept = {"job": asked_of(self.job), "inputs": inputs, "result": result}
         self.storage.write(_RESULT_FILE, json.dumps(kept).encode())
 
     def begin(self, data_fingerprint: str, base_identity: str, *, anew: bool = False) -> RunState:

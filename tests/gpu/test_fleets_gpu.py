@@ -1,6 +1,9 @@
 """Several jobs on one base, where their updates are grouped products. Run with `pytest -m gpu`."""
 
+import gc
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +11,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from fleets import Plan, run_alone, run_together
+from fleets import Found, Plan, run_alone, run_together
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import Diverged
 from raytune_ft.methods.dropout import dropped, feature_keys, module_seed, token_keys
-from raytune_ft.methods.grouped import grouped_update, serves
+from raytune_ft.methods.grouped import Groups, grouped_update, serves
 from raytune_ft.models import load_base
 from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
-from raytune_ft.train.bank import BankEngine
+from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.batch import Continuations, Step
+from raytune_ft.train.loop import fit
 from raytune_ft.train.probe import can_share_passes
 
 pytestmark = [
@@ -31,6 +36,8 @@ JOBS = [
     Plan(seed=2, method=LoraSpec(rank=7, alpha=9, targets="attention"), per_forward=2, joins=3),
     Plan(seed=3, method=LoraSpec(rank=64), optimizer=OptimizerSpec(kind="paged_adamw_8bit"), steps=5),
 ]
+
+STILL = OptimizerSpec(learning_rate=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,16 @@ def exact(
         update = 0 if pair is None else x_ND[start:stop] @ pair[0].t() * scale @ pair[1].t()
         pieces.append(y_NO[start:stop] + update)
     return torch.cat(pieces)
+
+
+def grouped(
+    x_ND: Tensor,
+    y_NO: Tensor,
+    stops: Sequence[int],
+    scales: Sequence[float],
+    pairs: Sequence[tuple[Tensor, Tensor] | None],
+) -> Tensor:
+    return grouped_update(x_ND, y_NO, Groups.of(stops, scales, x_ND.device), pairs)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +97,7 @@ def test_the_grouped_update_equals_exact_products(sizes: list[int], ranks: list[
         for r in ranks
     ]
     found = []
-    for update, dtype in ((exact, torch.float64), (grouped_update, torch.bfloat16)):
+    for update, dtype in ((exact, torch.float64), (grouped, torch.bfloat16)):
         x, y = x_ND.to(dtype).requires_grad_(), y_NO.to(dtype).requires_grad_()
         wide = dtype if dtype == torch.float64 else torch.float32
         given = [pair and tuple(w.to(wide).clone().requires_grad_() for w in pair) for pair in pairs]
@@ -104,15 +121,86 @@ def test_masks_are_those_of_the_cpu() -> None:
     assert torch.equal(*masks)
 
 
+def begun(place: int, step: int, engine: BankEngine) -> None:
+    """Adapters that do something from the first step on, and each something else."""
+    if step == 0:
+        torch.manual_seed(engine.seed)
+        with torch.no_grad():
+            for name, parameter in engine.parameters.items():
+                if name.endswith("lora_B.weight"):
+                    start = torch.randn(parameter.shape) * 0.1
+                    parameter.copy_(start)
+                    engine.masters[name].copy_(start)
+
+
+def moved(one: Found, other: Found) -> float:
+    """How far the weights of two jobs are from each other, where they have the same ones."""
+    return math.sqrt(sum(float((one.weights[n] - other.weights[n]).square().sum()) for n in one.weights))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("bits", [4, 16, 32])
-def test_each_job_follows_its_curve_alone(folder: Path, bits: int) -> None:
-    assert can_share_passes(load(folder, bits))
-    for job, found in zip(JOBS, run_together(load(folder, bits), JOBS), strict=True):
+def test_each_job_follows_its_curve_alone(folder: Path, bits: int, checkpointing: bool) -> None:
+    assert can_share_passes(load(folder, bits), max_tokens=64)
+
+    def base() -> PreTrainedModel:
+        model = load(folder, bits)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        return model
+
+    alone = [run_together(base(), [job], tokens_per_pass=0, meddle=begun)[0] for job in JOBS]
+    for at, found in enumerate(run_together(base(), JOBS, meddle=begun)):
         assert found.ends == [None]
-        alone = run_alone(load(folder, bits), job)
         assert [r.loss for r in found.reports] == pytest.approx(
-            [r.loss for r in alone.reports], abs=1e-4 if bits == 32 else 2e-2
+            [r.loss for r in alone[at].reports], abs=1e-4 if bits == 32 else 2e-2
         )
+        # Not only the losses, which are much alike: the way that the weights went.
+        start = run_together(base(), [replace(JOBS[at], steps=1, joins=0, optimizer=STILL)], meddle=begun)[0]
+        assert moved(found, alone[at]) < 0.5 * moved(start, alone[at])
+
+
+def test_jobs_that_come_and_go_leave_no_memory_behind(folder: Path) -> None:
+    bank = Bank(load(folder, 4).requires_grad_(False), tokens_per_pass=1024, paged=False)
+    layout = JOBS[0].layout(Continuations())
+    held = []
+    for turn in range(50):
+        engines = [bank.enter(job.method, job.optimizer, seed=turn) for job in JOBS]
+        for engine, job in zip(engines, JOBS, strict=True):
+            step = Step(layout.batches(job.examples(turn)), job.sequences, "", 2)
+            fit(engine, [step], start=0, learning_rate=lambda _: 1e-3, report=lambda _: None)
+        for engine in engines:
+            bank.leave(engine)
+        del engines, engine
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert max(held[5:]) <= held[4]
+
+
+def test_on_a_bank_that_does_not_page_the_paged_kinds_are_the_plain_ones(folder: Path) -> None:
+    spec = OptimizerSpec(kind="paged_adamw_8bit")
+    for paged in (True, False):
+        bank = Bank(load(folder, 16).requires_grad_(False), paged=paged)
+        assert bank.enter(LoraSpec(rank=4), spec).optimizer.is_paged is paged
+
+
+def test_a_device_that_answers_no_more_is_told_from_a_job_that_fails() -> None:
+    program = """
+import torch
+from raytune_ft.errors import DeviceFailed
+from raytune_ft.train.faults import fault_of_device
+
+table = torch.zeros(8, 4, device="cuda")
+assert fault_of_device(ValueError("a job's")) is None
+try:
+    torch.nn.functional.embedding(torch.tensor([99], device="cuda"), table).sum().item()
+except Exception as error:
+    assert isinstance(fault_of_device(error), DeviceFailed), error
+    assert isinstance(fault_of_device(ValueError("the next one's")), DeviceFailed)
+    print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "told\n", done.stderr
 
 
 @pytest.mark.parametrize("bits", [4, 32])

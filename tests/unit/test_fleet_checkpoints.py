@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import KeepingStorage
 
 from raytune_ft.errors import StorageError, StorageFull
 from raytune_ft.fleet.checkpoints import PREFIX, JobCheckpoints, KeptCheckpoint, superfluous
@@ -135,3 +136,20 @@ class TestKeeping:
             keeping.drain()
             with pytest.raises(StorageError, match="no space"):
                 keeping.send(self.write, {"step": 2}, wait=False)
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_one_that_is_of_no_use_makes_way_for_the_one_before(
+    storage: Storage, tmp_path: Path, may_delete: bool
+) -> None:
+    kept = JobCheckpoints(storage if may_delete else KeepingStorage(storage), CheckpointSpec(keep=3))
+    for step in (1, 2, 3):
+        add(kept, tmp_path, step)
+    folder = tmp_path / "back"
+    assert restored(kept, folder) == (3, "of step 3")
+    assert kept.restore_older(folder) == 2
+    assert (folder / "weights.safetensors").read_text() == "of step 2"
+    assert kept.restore_older(folder) == 1
+    assert kept.restore_older(folder) is None
+    assert list(folder.iterdir()) == []
+    assert bool(list(storage.list(PREFIX))) is not may_delete

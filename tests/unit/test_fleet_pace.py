@@ -67,3 +67,19 @@ def test_it_never_goes_below_nothing(told: list[tuple[str, int, bool]]) -> None:
         found = pace.progress(float(at), {})
         assert found.tokens_per_second >= 0
         assert found.seconds_left is None or found.seconds_left >= 0
+
+
+def test_what_failed_took_no_time_and_its_last_steps_are_told_late() -> None:
+    pace = Pace([*JOBS, *(PlannedJob(f"bad-{at}", "base", 100, 1000, 100.0) for at in range(50))])
+    for at in range(50):
+        pace.add(JobFailed(1.0, f"bad-{at}", "lane-1", "no such file"))
+    pace.add(JobStarted(10.0, "long", "lane-1", 0, 100))
+    pace.add(stepped(30.0, "long", 50, 400))
+    assert pace.progress(30.0, {}).seconds_left == pytest.approx(250 * 20 / 150)
+    pace.add(JobStarted(30.0, "short", "lane-1", 0, 100))
+    pace.add(JobFailed(30.0, "short", "lane-1", "the loss is nan"))
+    pace.add(stepped(30.0, "short", 20, 200))
+    pace.add(JobStarted(30.0, "short", "lane-0", 0, 100))
+    found = pace.progress(30.0, {})
+    assert found.seconds_left == pytest.approx(150 * 20 / 150)
+    assert found.tokens_per_second == pytest.approx(600 / 20)

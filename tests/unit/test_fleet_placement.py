@@ -61,7 +61,10 @@ def fleets(draw: st.DrawFn) -> list[JobSpec]:
     return [
         job(
             f"job-{n}",
-            method={"rank": draw(st.sampled_from([1, 8, 64, 512]))},
+            method={
+                "rank": draw(st.sampled_from([1, 8, 64, 512])),
+                "dropout": draw(st.sampled_from([0.0, 0.1])),
+            },
             optimizer={"kind": draw(st.sampled_from(["adamw", "adamw_8bit"]))},
             data={
                 "sources": [{"uri": "s3://d/a.jsonl"}],
@@ -132,8 +135,14 @@ class TestMemory:
         assert 1 <= lane.slots <= min(most, len(jobs))
         for seed in range(5):
             met = random.Random(seed).sample(jobs, lane.slots)
-            needed = lane_memory(LLAMA_1B, met, lane.resident).total
-            assert needed <= lane.memory.total
+            assert lane_memory(LLAMA_1B, met, lane.resident).total <= lane.memory.total
+            # Whoever has the tokens of a pass.
+            plan = lane_memory(LLAMA_1B, met, lane.resident)
+            token_bytes = max(
+                lane_memory(LLAMA_1B, [one], lane.resident).activations // one.data.max_tokens for one in met
+            )
+            filled = plan.total - plan.activations + token_bytes * sum(lane.row_tokens)
+            assert filled <= lane.memory.total
             assert lane.slots == 1 or lane.memory.total <= usable_bytes(device_bytes)
 
     @given(fleets(), st.floats(3, 60), st.floats(1, 3))
@@ -147,6 +156,22 @@ class TestMemory:
             assume(False)
         assert choose_lane(LLAMA_1B, jobs, int(factor * gib * GIB), 12).slots >= small.slots
 
+    def test_a_pass_holds_a_row_of_each_job_and_not_the_longest_of_each(self) -> None:
+        jobs = [job(f"{n}", data={"sources": [{"uri": "a"}], "max_tokens": 512}) for n in range(7)]
+        jobs.append(job("long", data={"sources": [{"uri": "a"}], "max_tokens": 4096}))
+        lane = choose_lane(LLAMA_1B, jobs, None, 4)
+        assert lane.row_tokens == (4096, 512, 512, 512)
+        (row,) = {lane_memory(LLAMA_1B, [one], "packed").activations for one in jobs[:7]}
+        assert lane.memory.activations == 11 * row
+
+    def test_a_job_has_as_many_rows_in_a_pass_as_it_asks_for(self) -> None:
+        one = job(batch={"sequences": 8})
+        four = job(batch={"sequences": 8, "sequences_per_worker": 4})
+        activations = lane_memory(LLAMA_1B, [one], "packed").activations
+        assert lane_memory(LLAMA_1B, [four], "packed").activations == 4 * activations
+        assert lane_memory(LLAMA_1B, [one, four], "packed").activations == 5 * activations
+        assert choose_lane(LLAMA_1B, [one, four], None, 2).row_tokens == (2048, 512)
+
     def test_a_base_is_dequantised_where_that_costs_no_slot(self) -> None:
         jobs = [job(f"{n}") for n in range(4)]
         lanes = [choose_lane(LLAMA_1B, jobs, gib * GIB, 4) for gib in (12, 48)]
@@ -158,7 +183,7 @@ class TestMemory:
 
     def test_without_a_device_nothing_limits_the_slots(self) -> None:
         lane = choose_lane(LLAMA_1B, [job()] * 9, None, 8)
-        assert lane == Lane("packed", 8, lane_memory(LLAMA_1B, [job()] * 8, "packed"))
+        assert lane == Lane("packed", 8, lane_memory(LLAMA_1B, [job()] * 8, "packed"), (512,) * 8)
 
 
 class TestWork:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raytune_ft.errors import StorageError
-from raytune_ft.fleet.queue import ALONE_AFTER, Offer, Queue, QueuedJob
+from raytune_ft.fleet.entry import ALONE_AFTER, QueuedJob
+from raytune_ft.fleet.queue import Offer, Queue
 
 LEASE_S = 10.0
 
@@ -70,14 +71,17 @@ class TestTaking:
         jobs.lose("a")
         assert jobs.take("c", None, 0, 0) == Offer(switch_to="x")
 
-    def test_a_lane_waits_for_what_may_come_back(self) -> None:
+    def test_a_lane_with_nothing_to_do_ends_and_another_comes_for_what_comes_back(self) -> None:
         jobs = queue(job("a"), lanes=2)
         for lane in "ab":
             jobs.join(lane, 0)
         assert taken(jobs.take("a", "x", 1, 0)) == ["a"]
-        assert jobs.take("b", "x", 1, 0) == Offer()
+        assert jobs.take("b", "x", 1, 0) == Offer(ended=True)
+        assert not jobs.ended
+        jobs.lose("b", announced=True)
         jobs.lose("a")
-        assert taken(jobs.take("b", "x", 1, 0)) == ["a"]
+        jobs.join("c", 0)
+        assert taken(jobs.take("c", "x", 1, 0)) == ["a"]
 
     def test_a_job_that_shares_no_batch_has_a_lane_to_itself(self) -> None:
         jobs = queue(job("a"), job("b"), job("s", shares_batch=False, seconds=0.5))
@@ -86,6 +90,13 @@ class TestTaking:
         assert taken(jobs.take("l", "x", 3, 0)) == []
         jobs.finish("l", "s")
         assert taken(jobs.take("l", "x", 4, 0)) == ["a", "b"]
+
+    def test_a_lane_that_can_take_no_more_keeps_no_other_from_it(self) -> None:
+        jobs = queue(job("s", shares_batch=False, seconds=0.5), *(job(f"{n}") for n in range(8)), lanes=2)
+        for lane in "ab":
+            jobs.join(lane, 0)
+        assert taken(jobs.take("a", "x", 8, 0)) == ["s"]
+        assert len(taken(jobs.take("b", "x", 8, 0))) == 8
 
     def test_nothing_is_handed_out_after_a_failure_that_stops(self) -> None:
         jobs = queue(job("a", seconds=2), job("b"), job("c"), on_failure="stop")
@@ -122,7 +133,7 @@ class TestLosing:
         jobs.join("l", 0)
         jobs.join("m", 0)
         jobs.take("l", "x", 1, 0)
-        assert taken(jobs.take("m", "x", 1, 9)) == []
+        assert jobs.take("m", "x", 1, 9) == Offer(ended=True)
         assert taken(jobs.take("m", "x", 1, 10)) == ["a"]
 
     def lose_often(self, jobs: Queue, times: int, *, announced: bool = False) -> list[list[str]]:
@@ -149,6 +160,82 @@ class TestLosing:
         assert jobs.entries["a"].state == "queued"
         self.lose_often(jobs, 1)
         assert jobs.entries["a"].state == "failed"
+
+
+    def test_who_comes_further_between_two_losses_is_not_their_cause(self) -> None:
+        jobs = queue(job("a", max_restarts=1), job("b", max_restarts=1))
+        for at in range(1, 9):
+            jobs.join("l", at)
+            assert len(taken(jobs.take("l", "x", 4, at))) == 2, "neither is sent to a lane of its own"
+            jobs.renew("l", at, {"a": 10 * at, "b": 10 * at})
+            jobs.lose("l")
+        assert jobs.entries["a"].losses == 1
+        self.lose_often(jobs, 2)
+        assert (jobs.entries["a"].state, jobs.entries["a"].losses) == ("failed", 3)
+
+    def test_where_nobody_listened_nobody_was_silent(self) -> None:
+        jobs = queue(job("a"))
+        jobs.join("l", 0)
+        jobs.put_off(100)
+        assert jobs.expire(109) == ()
+        assert jobs.renew("l", 109)
+
+
+class TestRefusing:
+    def test_what_one_lane_cannot_hold_is_anothers(self) -> None:
+        jobs = queue(job("a", seconds=2), job("b"), lanes=2)
+        for lane in ("small", "large"):
+            jobs.join(lane, 0)
+        assert taken(jobs.take("small", "x", 1, 0)) == ["a"]
+        assert jobs.give_back("small", "a", "too small", alone=False)
+        assert taken(jobs.take("small", "x", 1, 0)) == ["b"]
+        assert taken(jobs.take("large", "x", 1, 0)) == ["a"]
+        assert not jobs.give_back("small", "a", "not its own", alone=False)
+        assert jobs.finish("large", "a")
+
+    def test_what_all_lanes_refuse_fails_when_it_was_tried_again(self) -> None:
+        jobs = queue(job("a"), job("b", "y"), lanes=2)
+        jobs.join("l", 0)
+        jobs.join("m", 0)
+        for lane in "lm":
+            assert taken(jobs.take(lane, "x", 1, 0)) == ["a"]
+            jobs.give_back(lane, "a", f"too small: {lane}", alone=False)
+        # Whichever asks next, under whichever of its names.
+        jobs.lose("l", announced=True)
+        jobs.join("l.2", 0)
+        assert taken(jobs.take("l.2", "x", 1, 0)) == ["a"]
+        assert jobs.give_back("l.2", "a", "too small: l", alone=False)
+        assert (jobs.entries["a"].state, jobs.entries["a"].reason) == ("failed", "too small: l")
+        assert jobs.retry_failed() == ("a",)
+        assert jobs.entries["a"].refused_by == ()
+
+    def test_who_refused_all_that_is_left_of_its_base_goes_to_another(self) -> None:
+        jobs = queue(job("a"), job("b", "y"), lanes=2)
+        for lane in "lm":
+            jobs.join(lane, 0)
+        jobs.take("l", "x", 1, 0)
+        jobs.give_back("l", "a", "too small", alone=False)
+        assert jobs.take("l", "x", 1, 0) == Offer(switch_to="y")
+
+    def test_what_did_not_fit_beside_others_is_tried_alone(self) -> None:
+        jobs = queue(job("a", seconds=2), job("b"), job("c"))
+        jobs.join("l", 0)
+        assert taken(jobs.take("l", "x", 2, 0)) == ["a", "b"]
+        jobs.give_back("l", "a", "the memory is full", alone=True)
+        assert taken(jobs.take("l", "x", 1, 0)) == ["c"]
+        jobs.finish("l", "b")
+        jobs.finish("l", "c")
+        assert taken(jobs.take("l", "x", 2, 0)) == ["a"]
+
+    def test_a_base_that_no_lane_can_load_fails_what_waits_for_it(self) -> None:
+        jobs = queue(job("a"), job("b"), job("s", shares_batch=False), job("c", "y"))
+        jobs.join("l", 0)
+        assert not jobs.is_loaded("x")
+        assert taken(jobs.take("l", "x", 1, 0)) == ["s"]
+        assert jobs.is_loaded("x")
+        assert jobs.fail_waiting("x", "no weights") == ("a", "b")
+        assert [jobs.counts[state] for state in ("failed", "leased", "queued")] == [2, 1, 1]
+        assert jobs.entries["a"].reason == "no weights"
 
 
 class TestAfterwards:
@@ -300,7 +387,7 @@ class Lanes(RuleBasedStateMachine):
         if any(self.queue.entries[name].alone for name in held):
             assert len(held) == 1
         if offer.ended and not held:
-            assert self.queue.stopped or self.queue.ended
+            assert self.queue.stopped or not self.queue.counts["queued"]
 
     @precondition(lambda self: any(self.held.values()))
     @rule(data=st.data(), fails=st.booleans())
@@ -337,6 +424,18 @@ class Lanes(RuleBasedStateMachine):
     @rule()
     def go_on_elsewhere(self) -> None:
         self.queue = Queue.restored(self.queue.snapshot(), "state")
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data(), alone=st.booleans())
+    def give_back(self, data: st.DataObject, alone: bool) -> None:
+        lane = data.draw(st.sampled_from(sorted(lane for lane, held in self.held.items() if held)))
+        name = data.draw(st.sampled_from(sorted(self.held[lane])))
+        self.held[lane].discard(name)
+        before = self.queue.entries[name].refused_by
+        if self.queue.give_back(lane, name, "too small", alone=alone):
+            twice = lane in before
+            assert self.queue.entries[name].state == ("failed" if twice else "queued")
+            self.ends[name] += twice
 
     @invariant()
     def every_job_is_in_one_place(self) -> None:

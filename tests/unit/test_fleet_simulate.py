@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ft.errors import SpecError
-from raytune_ft.fleet.queue import QueuedJob
+from raytune_ft.fleet.entry import QueuedJob
 from raytune_ft.fleet.simulate import Forecast, Preemptions, Resident, Task, forecasts, simulate
 from raytune_ft.fleet.work import LaneSpeed, Work
 

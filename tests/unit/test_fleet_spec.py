@@ -261,6 +261,11 @@ JOB_PROBLEMS = [
         "raytune-ft train",
     ),
     (
+        ["defaults.model.compile=true"],
+        "every job: model.compile = true: is for one job, and a lane's come and go; remove it, or train it by "
+        "itself with raytune-ft train",
+    ),
+    (
         ["jobs.0.method={kind: full}", "jobs.0.model.weight_bits=16"],
         "jobs[0] (a): method.kind = full: changes the base, which a lane's jobs share; use lora, or train it "
         "by itself with raytune-ft train",
@@ -363,6 +368,15 @@ class TestProblems:
         assert found == (
             "f.yaml has 1 problem:\n"
             "  for_each.glob = s3://tasks/*.json: no such file, and no folder or glob with files"
+        )
+
+    def test_an_object_whose_name_would_be_expanded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+        uri = "s3://tasks/x${AWS_SECRET_ACCESS_KEY}.json"
+        found = complaint(fleet(for_each={"glob": "s3://tasks/*.json"}), uris=("s3://tasks/a.json", uri))
+        assert found == (
+            f"f.yaml has 1 problem:\n  for_each.glob = s3://tasks/*.json: {uri}: has '${{' in its name, which "
+            "a job file takes for a variable; rename it"
         )
 
     def test_objects_that_give_one_name(self) -> None:

@@ -139,6 +139,20 @@ class TestDigest:
         (base / "README.md").write_text("Not part of what a model computes.")
         assert base_digest(base) == base_digest(saved)
 
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_of_the_hub_the_revision_whatever_is_in_the_cache(
+        self, saved: Path, tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        repository = tmp_path / "models--org--base"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(revision)
+        shutil.copytree(saved, repository / "snapshots" / revision)
+        if not cached:
+            (repository / "snapshots" / revision / "model.safetensors").unlink()
+        assert base_identity("org/base") == revision
+
     def test_another_for_other_weights(self, base: Path, saved: Path) -> None:
         weights = load_file(base / "model.safetensors")
         weights["model.norm.weight"] += 0.5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import token_keys
-from raytune_ft.methods.grouped import grouped_update
+from raytune_ft.methods.grouped import Groups, grouped_update
 from raytune_ft.methods.lora import LoraLinear, add_lora, linear_modules, remove_lora
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.spec import LoraSpec
@@ -141,6 +141,16 @@ def one_by_one(
     return torch.cat(pieces)
 
 
+def grouped(
+    x_ND: Tensor,
+    y_NO: Tensor,
+    stops: Sequence[int],
+    scales: Sequence[float],
+    weights: Sequence[tuple[Tensor, Tensor] | None],
+) -> Tensor:
+    return grouped_update(x_ND, y_NO, Groups.of(stops, scales, x_ND.device), weights)
+
+
 @pytest.mark.parametrize("ranks", [[4], [1, 8, 3], [16, None, 2], [None, 5]], ids=str)
 def test_the_grouped_update_equals_one_after_another(ranks: list[int | None]) -> None:
     torch.manual_seed(0)
@@ -151,7 +161,7 @@ def test_the_grouped_update_equals_one_after_another(ranks: list[int | None]) ->
     y_NO = torch.randn(stops[-1], 24, dtype=torch.bfloat16)
     pairs = [None if rank is None else (torch.randn(rank, 16), torch.randn(24, rank)) for rank in ranks]
     found = []
-    for update, dtype in ((one_by_one, torch.float32), (grouped_update, torch.bfloat16)):
+    for update, dtype in ((one_by_one, torch.float32), (grouped, torch.bfloat16)):
         x, y = x_ND.to(dtype).requires_grad_(), y_NO.to(dtype).requires_grad_()
         given = [pair and tuple(w.clone().requires_grad_() for w in pair) for pair in pairs]
         updated = update(x, y, stops, scales, given)  # type: ignore[arg-type]
@@ -163,3 +173,32 @@ def test_the_grouped_update_equals_one_after_another(ranks: list[int | None]) ->
         assert rounded is not None
         limit = 2e-2 * float(exact.detach().abs().max())
         torch.testing.assert_close(rounded.float(), exact.float(), rtol=2e-2, atol=limit)
+
+
+def test_what_the_backward_pass_keeps_does_not_grow_with_the_highest_rank_of_others() -> None:
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    x_ND = torch.randn(8, 64, dtype=torch.bfloat16, requires_grad=True)
+    y_NO = torch.randn(8, 64, dtype=torch.bfloat16)
+    pairs = [
+        (torch.randn(rank, 64, requires_grad=True), torch.randn(64, rank, requires_grad=True))
+        for rank in (128, 1, 1, 1)
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grouped(x_ND, y_NO, [2, 4, 6, 8], [1.0] * 4, pairs)
+    # Weights, which are there anyway, and of each token its input, its low ranks and its scale; 16 B of ends.
+    weights = sum(weight.numel() * 4 for pair in pairs for weight in pair)
+    assert sum(kept) == weights + 8 * (64 * 2 + 128 * 2 + 4) + 16
+
+
+def test_groups_are_made_once_for_layers_that_scale_alike() -> None:
+    route = Route([share(0, 1, 3), share(1, 1, 5)])
+    groups = route.groups((2.0, 0.5), torch.device("cpu"))
+    assert groups.stop_K.tolist() == [3, 8]
+    assert groups.scale_N1.flatten().tolist() == [2.0] * 3 + [0.5] * 5
+    assert route.groups((2.0, 0.5), torch.device("cpu")) is groups
+    assert route.groups((1.0, 0.5), torch.device("cpu")) is not groups

@@ -1,12 +1,13 @@
 """A run's identity and state: what goes on, what begins anew, what is refused."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import WrappedStorage
+from stores import InterruptedStorage, WrappedStorage
 
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.spec import JobSpec, parse_job
@@ -173,3 +174,46 @@ def failing_after(
         delete(storage, key)
 
     return limited
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"cluster": {"max_restarts": 9}},
+        {"cluster": {"max_preemptions": 2}},
+        {"checkpoint": {"every_steps": 3, "keep": 5}},
+    ],
+)
+def test_how_often_a_run_may_be_interrupted_is_no_part_of_what_is_done(
+    tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    run, other = Run(job(tmp_path)), Run(job(tmp_path, **sections))
+    state = run.begin("data", "base")
+    run.finish({"version": 1}, "inputs")
+    assert other.finished("inputs") == {"version": 1}
+    assert state.publish_id(run.job) == state.publish_id(other.job)
+    elsewhere = Run(job(tmp_path, cluster={"device": "cpu"}))
+    assert elsewhere.finished("inputs") is None
+
+
+def test_results_that_name_all_of_the_job_still_hold(tmp_path: Path) -> None:
+    run = Run(job(tmp_path))
+    kept = {"job": digest(run.job.resolved()), "inputs": "inputs", "result": {"version": 1}}
+    run.storage.write("result.json", json.dumps(kept).encode())
+    assert run.finished("inputs") == {"version": 1}
+    assert run.finished("others") is None
+
+
+def test_who_comes_late_clears_nothing_that_another_has_begun(tmp_path: Path) -> None:
+    ours, theirs = Run(job(tmp_path)), Run(job(tmp_path))
+    ours.storage.write("kept/of-before.json", b"{}")
+
+    def others_begin() -> None:
+        theirs.begin("data", "base")
+        theirs.storage.write("kept/theirs.json", b"{}")
+
+    # After the look for the state, while the leftovers are listed.
+    ours.storage = InterruptedStorage(ours.storage, 1, others_begin)
+    state = ours.begin("data", "base")
+    assert theirs.storage.read_or_none("kept/theirs.json") is not None
+    assert state == theirs.begin("data", "base")

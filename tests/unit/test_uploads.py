@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from ray.train.v2._internal.execution.local_mode.utils import LocalController
 
 from raytune_ft.errors import RaytuneError, RunHeld, StorageError
 from raytune_ft.storage import open_storage
-from raytune_ft.train.uploads import Uploads
+from raytune_ft.train.uploads import Uploads, send_folder
 
 
 @pytest.fixture
@@ -24,11 +23,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def uploads(tmp_path: Path, *, rank: int = 0, may_write: Callable[[], None] = lambda: None) -> Uploads:
+def uploads(tmp_path: Path, *, rank: int = 0) -> Uploads:
     def fail(error: RaytuneError) -> None:
         raise AssertionError(error)
 
-    return Uploads(open_storage(str(tmp_path / "run")), rank, may_write=may_write, on_failure=fail)
+    return Uploads(open_storage(str(tmp_path / "run")), rank, may_write=lambda: None, on_failure=fail)
 
 
 def write(folder: Path) -> None:
@@ -37,7 +36,7 @@ def write(folder: Path) -> None:
 
 def test_a_folder_that_was_removed_is_not_sent(tmp_path: Path, scratch: Path) -> None:
     with pytest.raises(StorageError, match="gone: was removed before it was sent"):
-        uploads(tmp_path)._write_all(scratch / "gone", "checkpoint_1", give_up_at=0.0)
+        send_folder(open_storage(str(tmp_path)), scratch / "gone", "checkpoint_1", may_write=lambda: None)
 
 
 def test_a_run_that_is_taken_over_while_the_last_file_is_sent_keeps_no_checkpoint(
@@ -51,7 +50,7 @@ def test_a_run_that_is_taken_over_while_the_last_file_is_sent_keeps_no_checkpoin
 
     write(scratch)
     with pytest.raises(RunHeld):
-        uploads(tmp_path, may_write=may_write)._write_all(scratch, "checkpoint_1", give_up_at=0.0)
+        send_folder(open_storage(str(tmp_path / "run")), scratch, "checkpoint_1", may_write=may_write)
 
 
 def test_what_ended_workers_left_is_removed_and_what_others_hold_stays(tmp_path: Path, scratch: Path) -> None:
