@@ -253,25 +253,26 @@ def _passes(
 
 
 def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
-    """Tensors for rows of examples; each row holds at least one."""
-    width = max(sum(len(example.input_ids) for example in row) for row in rows)
+    """Tensors for rows of examples; each row holds at least one, and each example a token."""
+    examples = [example for row in rows for example in row]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    firsts = np.cumsum(lengths) - lengths
+    row_starts = firsts[np.cumsum([0, *(len(row) for row in rows[:-1])])]
+    tokens = int(lengths.sum())
+    row_lengths = np.diff(row_starts, append=tokens)
+    width = int(row_lengths.max())
+    # Where each token of the examples, one after the other, stands in the rows, one after the other.
+    places = np.arange(tokens) + np.repeat(np.arange(len(rows)) * width - row_starts, row_lengths)
+    flat_ids = np.concatenate([example.input_ids for example in examples])
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
-    predictors, labels, groups = [], [], []
-    tokens = 0
-    for r, row in enumerate(rows):
-        start = 0
-        for example in row:
-            length = len(example.input_ids)
-            input_ids[r, start : start + length] = example.input_ids
-            position_ids[r, start : start + length] = np.arange(length)
-            # The first token of an example has nothing before it that could predict it.
-            learned = np.flatnonzero(example.learned[1:])
-            predictors.append(learned + (r * width + start))
-            labels.append(example.input_ids[learned + 1])
-            groups.append(np.full(len(learned), example.source))
-            start += length
-        tokens += start
-    arrays = (input_ids, position_ids, *(np.concatenate(parts) for parts in (predictors, labels, groups)))
+    input_ids.reshape(-1)[places] = flat_ids
+    position_ids.reshape(-1)[places] = np.arange(tokens) - np.repeat(firsts, lengths)
+    learned = np.concatenate([example.learned for example in examples])
+    # The first token of an example has nothing before it that could predict it.
+    learned[firsts] = False
+    labels = np.flatnonzero(learned)
+    groups = np.repeat([example.source for example in examples], lengths)
+    arrays = (input_ids, position_ids, places[labels] - 1, flat_ids[labels], groups[labels])
     ids_BT, positions_BT, predictor_N, labels_N, group_N = (torch.from_numpy(array) for array in arrays)
     return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, tokens)
