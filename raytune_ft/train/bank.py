@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError, OutOfMemory
 from raytune_ft.methods import saving
@@ -18,7 +18,7 @@ from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import OptimizerSpec
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.engine import pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.engine import Snapshot, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.forward import forward_of
 from raytune_ft.train.loss import cross_entropy_sum, grouped_cross_entropy
 from raytune_ft.train.peers import Peers
@@ -171,14 +171,19 @@ class BankEngine:
         hidden_ND = self._forward.learned(batch)
         return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, LOGITS_CHUNK_TOKENS))
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`. All workers hold the same, and the first one writes it."""
+    def snapshot(self) -> Snapshot | None:
+        """See `Engine.snapshot`. All workers hold the same, and the first one writes it."""
         if self.peers.rank:
-            return
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}
-        with saving(folder):
-            save_file(tensors, folder / _WEIGHTS)
-            torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
+            return None
+        masters = _copied({name: p.contiguous() for name, p in self.masters.items()})
+        state = _copied(self.optimizer.state_dict())
+
+        def write(folder: Path) -> None:
+            with saving(folder):
+                save_file(masters, folder / _WEIGHTS)
+                torch.save(state, folder / _OPTIMIZER)
+
+        return write
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`.
@@ -206,3 +211,12 @@ class BankEngine:
     def peak_memory_bytes(self) -> int:
         """See `Engine.peak_memory_bytes`."""
         return peak_memory_bytes(self.device)
+
+
+def _copied(held: Any) -> Any:
+    """The same dicts and lists with copies of their tensors in the host's memory."""
+    if isinstance(held, Tensor):
+        return held.detach().to("cpu", copy=True)
+    if isinstance(held, dict):
+        return {key: _copied(value) for key, value in held.items()}
+    return [_copied(value) for value in held] if isinstance(held, list) else held

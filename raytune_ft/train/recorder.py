@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from raytune_ft.train.checkpoint import Position, write_checkpoint
+from raytune_ft.train.checkpoint import Position, with_position
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.loop import StepReport, source_losses
 from raytune_ft.train.peers import Peers
@@ -112,18 +111,15 @@ class Recorder:
         if validated and (loss := self._validate()) is not None:
             newest["validation_loss"] = loss
         here = self._here()
-
-        def write(folder: Path) -> None:
-            if self._peers.rank == 0:
-                write_checkpoint(folder, self._engine, here)
-            else:
-                self._engine.save(folder)
-
         metrics: dict[str, Any] = {
             name: newest[name] for name in ("step", "validation_loss") if name in newest
         }
         began = time.monotonic()
-        self._uploads.send(write, metrics, wait=wait)
+        self._uploads.wait()
+        snapshot = self._engine.snapshot()
+        if snapshot is not None and self._peers.rank == 0:
+            snapshot = with_position(snapshot, here)
+        self._uploads.send(snapshot, metrics, wait=wait)
         newest["checkpoint_seconds"] = time.monotonic() - began
         for upload in self._uploads.finished():
             self._history[upload.step - 1]["upload_seconds"] = upload.seconds
