@@ -44,10 +44,13 @@ class Nodes:
             },
         )
         self.address = self._cluster.address
+        self._added: list[Any] = []
 
     def add(self, cpus: int = 1) -> Any:
         """A node more, which is there when this returns."""
-        return self._cluster.add_node(num_cpus=cpus, object_store_memory=80 << 20)
+        node = self._cluster.add_node(num_cpus=cpus, object_store_memory=80 << 20)
+        self._added.append(node)
+        return node
 
     def announce(self, node: Any, deadline_s: float) -> None:
         """Tell the cluster that a node will be taken away."""
@@ -61,10 +64,16 @@ class Nodes:
 
     def kill(self, node: Any) -> None:
         """Take a node away with all that runs on it, as a cloud does."""
+        self._added.remove(node)
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         for process in [raylet, *raylet.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def clear(self) -> None:
+        """Take away all nodes but the head."""
+        while self._added:
+            self.kill(self._added[0])
 
     def close(self) -> None:
         self._cluster.shutdown()

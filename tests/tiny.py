@@ -1,6 +1,7 @@
 """Tiny real models and tokenizers, built from config: nothing is downloaded."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,6 +17,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+if TYPE_CHECKING:
+    from raytune_ft.train.engine import Engine
 
 CORPUS = "the quick brown fox jumps over the lazy dog 0123456789 Instruction Input Response\n:#.,?!+-*/= "
 
@@ -148,3 +152,10 @@ def save_base(
     (model or llama()).save_pretrained(folder)
     (words or tokenizer(pad_token=pad_token)).save_pretrained(folder)
     return folder
+
+
+def keep(engine: "Engine", folder: Path) -> None:
+    """Write all that an engine holds; it has to be one that writes."""
+    snapshot = engine.snapshot()
+    assert snapshot is not None
+    snapshot(folder)

@@ -17,20 +17,30 @@ def pack_first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: a length is above the capacity.
     """
-    if lengths and max(lengths) > capacity:
-        raise ValueError(f"an example of {max(lengths)} tokens does not fit a row of {capacity}")
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        row = next((r for r, free in enumerate(room) if free >= length), None)
-        if row is None:
-            rows.append([index])
-            room.append(capacity - length)
-        else:
-            rows[row].append(index)
-            room[row] -= length
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    places = _first_fit([lengths[index] for index in longest_first], capacity)
+    rows: list[list[int]] = [[] for _ in range(max(places, default=-1) + 1)]
+    for index, row in zip(longest_first, places, strict=True):
+        rows[row].append(index)
     return rows
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """The row of each example; the longest comes first."""
+    if lengths and lengths[0] > capacity:
+        raise ValueError(f"an example of {lengths[0]} tokens does not fit a row of {capacity}")
+    room: list[int] = []
+    places = []
+    for length in lengths:
+        for row, free in enumerate(room):
+            if free >= length:
+                room[row] = free - length
+                places.append(row)
+                break
+        else:
+            places.append(len(room))
+            room.append(capacity - length)
+    return places
 
 
 def balanced_capacity(lengths: Sequence[int], capacity: int) -> int:
@@ -41,9 +51,10 @@ def balanced_capacity(lengths: Sequence[int], capacity: int) -> int:
     >>> balanced_capacity([5, 5, 4, 4, 3, 3], capacity=16)
     13
     """
-    needed = len(pack_first_fit(lengths, capacity))
-    candidates = range(max(max(lengths), -(-sum(lengths) // needed)), capacity)
-    found = bisect_left(candidates, True, key=lambda size: len(pack_first_fit(lengths, size)) <= needed)
+    longest_first = sorted(lengths, reverse=True)
+    last = max(_first_fit(longest_first, capacity))
+    candidates = range(max(longest_first[0], -(-sum(lengths) // (last + 1))), capacity)
+    found = bisect_left(candidates, True, key=lambda size: max(_first_fit(longest_first, size)) <= last)
     return candidates[found] if found < len(candidates) else capacity
 
 

@@ -1,8 +1,8 @@
 """Whose fault it is that something went wrong on a lane: the job's, which has failed, or not.
 
 One bad job must not take others with it, nor one bad lane the jobs. What a job alone can be blamed for ends
-it. Too small a device, or a store that answers and fails it, sends it to be tried once more, elsewhere if there
-is a lane. All else ends the lane: its jobs go on elsewhere, and where that is of no use either, the fleet ends
+it. Too small a device, or a store that answers and fails it, sends it to be tried once more, elsewhere if
+there is a lane. All else ends the lane: its jobs go on elsewhere, and where that is no use, the fleet ends
 with the reason, and the same command goes on with it.
 """
 

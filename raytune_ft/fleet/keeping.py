@@ -10,6 +10,7 @@ from typing import Any
 
 from raytune_ft.fleet.checkpoints import JobCheckpoints
 from raytune_ft.storage import disk_errors
+from raytune_ft.train.engine import Snapshot
 from raytune_ft.train.uploads import Upload
 
 
@@ -46,7 +47,7 @@ class JobKeeping:
         self._last: Future[None] | None = None
         self._finished: list[Upload] = []
 
-    def send(self, write: Callable[[Path], None], metrics: dict[str, Any], *, wait: bool) -> None:
+    def send(self, take: Callable[[], Snapshot | None], metrics: dict[str, Any], *, wait: bool) -> None:
         """See `raytune_ft.train.recorder.Keeping`.
 
         Raises:
@@ -58,17 +59,10 @@ class JobKeeping:
             last.result()
         elif last is not None and not wait:
             return
-        with disk_errors(str(self._folder)):
-            folder = Path(tempfile.mkdtemp(dir=self._folder))
-        try:
-            with disk_errors(str(folder)):
-                write(folder)
-        except BaseException:
-            # A half-written one would keep the disk full.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        step, loss = metrics["step"], metrics.get("validation_loss")
-        self._last = self._threads.submit(self._upload, last, folder, step, loss)
+        snapshot = take()
+        if snapshot is not None:
+            step, loss = metrics["step"], metrics.get("validation_loss")
+            self._last = self._threads.submit(self._upload, last, snapshot, step, loss)
 
     def finished(self) -> Sequence[Upload]:
         """See `raytune_ft.train.recorder.Keeping`."""
@@ -81,13 +75,17 @@ class JobKeeping:
             self._last.exception()
 
     def _upload(
-        self, former: "Future[None] | None", folder: Path, step: int, validation_loss: float | None
+        self, former: "Future[None] | None", snapshot: Snapshot, step: int, validation_loss: float | None
     ) -> None:
         if former is not None:
             # It was handed in before, so that it has a thread already.
             former.exception()
         began = time.monotonic()
+        with disk_errors(str(self._folder)):
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
+            with disk_errors(str(folder)):
+                snapshot(folder)
             size_bytes = self._checkpoints.add(folder, step, validation_loss, may_write=self._may_write)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

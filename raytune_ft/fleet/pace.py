@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from raytune_ft.fleet.entry import State
 from raytune_ft.fleet.events import (
     FleetEvent,
     JobDone,
@@ -13,7 +14,6 @@ from raytune_ft.fleet.events import (
     PlannedJob,
     Progress,
 )
-from raytune_ft.fleet.entry import State
 
 WINDOW_S = 30.0
 

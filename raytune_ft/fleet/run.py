@@ -16,11 +16,11 @@ from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
 from raytune_ft.errors import RunHeld, SpecError, StorageError, TrainingError
 from raytune_ft.fleet.desk import Desk, News, Order
+from raytune_ft.fleet.entry import Entry
 from raytune_ft.fleet.events import FleetResult
 from raytune_ft.fleet.lanes import CHANNEL_CHARACTERS, LANES, Lanes, place_lanes
 from raytune_ft.fleet.placement import Placed
 from raytune_ft.fleet.plan import FleetPlan, plan_fleet
-from raytune_ft.fleet.entry import Entry
 from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.story import OnFleetEvent, Story
 from raytune_ft.models import base_identity, model_folder, read_facts

@@ -44,9 +44,7 @@ def lane_memory(facts: ModelFacts, jobs: Sequence[JobSpec], resident: str) -> Me
         resident: how a 4-bit base is held: `packed` or `dequantised`.
     """
     base_bytes = weight_bytes(facts, jobs[0].model, resident)
-    alone = [
-        memory_plan(facts, job, resident=resident, tokens_per_forward=row_tokens(job)) for job in jobs
-    ]
+    alone = [memory_plan(facts, job, resident=resident, tokens_per_forward=row_tokens(job)) for job in jobs]
     return MemoryPlan(
         weights=base_bytes + sum(plan.weights - base_bytes for plan in alone),
         gradients=sum(plan.gradients for plan in alone),

@@ -22,7 +22,7 @@ from raytune_ft.train.progress import record_failure
 from raytune_ft.train.run import RunState
 
 _OWN_FAULTS = (TypeError, ValueError, KeyError, NotImplementedError)
-"""By none of these does a worker notice that another was lost."""
+"""By none of these does a worker notice that another was lost, as long as it has its process group."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,22 @@ def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None
         # Something was lost beside this worker, such as the node that holds the data: Ray starts anew.
         raise
     except Exception as error:
-        if assignment.job.cluster.most_workers > 1 and not isinstance(error, _OWN_FAULTS):
-            # Most likely the loss of another worker, which Ray will hear of.
+        if _tells_of_a_loss(error, assignment.job):
             raise
         logging.getLogger(__name__).exception("the worker failed")
         reason = str(error).strip().partition("\n")[0][:300]
         failure = TrainingError(f"the worker failed: {type(error).__name__}: {reason}")
         return _ended_by(failure, assignment)
+
+
+def _tells_of_a_loss(error: Exception, job: JobSpec) -> bool:
+    """Whether the loss of another worker is the likely reason; Ray will hear of that one by itself."""
+    if job.cluster.most_workers == 1:
+        return False
+    from torch import distributed
+
+    # Before it starts anew Ray takes the group away from those that are left, wherever in a step they are.
+    return not isinstance(error, _OWN_FAULTS) or not distributed.is_initialized()
 
 
 def _ended_by(error: RaytuneError, assignment: Assignment) -> RaytuneError:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from raytune_ft.models import head_paths
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import OptimizerSpec, Section
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.engine import Block, Snapshot, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.forward import forward_of
 from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
@@ -60,7 +60,7 @@ class Bank:
         self.device = next(model.parameters()).device
         self.tokens_per_pass = tokens_per_pass
         self._forward = forward_of(model, compiled=compiled)
-        embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]  # a module may have anything
+        embeddings: Tensor = model.get_input_embeddings().weight
         self._vocabulary = len(embeddings)
         self._jobs: dict[int, Method] = {}
         self._paged = paged
@@ -349,14 +349,19 @@ class BankEngine:
         """See `Engine.select`."""
         self.base.select(self)
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`. All workers hold the same, and the first one writes it."""
+    def snapshot(self) -> Snapshot | None:
+        """See `Engine.snapshot`. All workers hold the same, and the first one writes it."""
         if self.peers.rank:
-            return
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.masters.items()}
-        with saving(folder):
-            save_file(tensors, folder / _WEIGHTS)
-            torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
+            return None
+        masters = _copied({name: p.contiguous() for name, p in self.masters.items()})
+        state = _copied(self.optimizer.state_dict())
+
+        def write(folder: Path) -> None:
+            with saving(folder):
+                save_file(masters, folder / _WEIGHTS)
+                torch.save(state, folder / _OPTIMIZER)
+
+        return write
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`.
@@ -402,3 +407,12 @@ def _raise_fault(blocks: Sequence[Block], error: Exception) -> None:
         ) from None
     if fault is not None:
         raise fault from None
+
+
+def _copied(held: Any) -> Any:
+    """The same dicts and lists with copies of their tensors in the host's memory."""
+    if isinstance(held, Tensor):
+        return held.detach().to("cpu", copy=True)
+    if isinstance(held, dict):
+        return {key: _copied(value) for key, value in held.items()}
+    return [_copied(value) for value in held] if isinstance(held, list) else held

@@ -280,31 +280,30 @@ def _passes(
 
 
 def assemble(rows: Sequence[Sequence[Tokens]], pad_token_id: int) -> Batch:
-    """Tensors for rows of examples; each row holds at least one."""
-    longest = max(sum(len(example.input_ids) for example in row) for row in rows)
-    width = max(longest, -(-LEAST_ROWS // len(rows)))
+    """Tensors for rows of examples; each row holds at least one, and each example a token."""
+    examples = [example for row in rows for example in row]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    firsts = np.cumsum(lengths) - lengths
+    row_starts = firsts[np.cumsum([0, *(len(row) for row in rows[:-1])])]
+    tokens = int(lengths.sum())
+    row_lengths = np.diff(row_starts, append=tokens)
+    width = max(int(row_lengths.max()), -(-LEAST_ROWS // len(rows)))
+    # Where each token of the examples, one after the other, stands in the rows, one after the other.
+    places = np.arange(tokens) + np.repeat(np.arange(len(rows)) * width - row_starts, row_lengths)
+    flat_ids = np.concatenate([example.input_ids for example in examples])
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     position_ids, numbers = np.zeros_like(input_ids), np.full_like(input_ids, -1)
-    predictors, labels, groups = [], [], []
-    tokens = 0
-    for r, row in enumerate(rows):
-        start = 0
-        for example in row:
-            length = len(example.input_ids)
-            input_ids[r, start : start + length] = example.input_ids
-            position_ids[r, start : start + length] = np.arange(length)
-            numbers[r, start : start + length] = example.number
-            # The first token of an example has nothing before it that could predict it.
-            learned = np.flatnonzero(example.learned[1:])
-            predictors.append(learned + (r * width + start))
-            labels.append(example.input_ids[learned + 1])
-            groups.append(np.full(len(learned), example.source))
-            start += length
-        tokens += start
-    flat = (np.concatenate(parts) for parts in (predictors, labels, groups))
-    arrays = (input_ids, position_ids, *flat, numbers)
+    input_ids.reshape(-1)[places] = flat_ids
+    position_ids.reshape(-1)[places] = np.arange(tokens) - np.repeat(firsts, lengths)
+    numbers.reshape(-1)[places] = np.repeat([example.number for example in examples], lengths)
+    learned = np.concatenate([example.learned for example in examples])
+    # The first token of an example has nothing before it that could predict it.
+    learned[firsts] = False
+    labels = np.flatnonzero(learned)
+    groups = np.repeat([example.source for example in examples], lengths)
+    arrays = (input_ids, position_ids, places[labels] - 1, flat_ids[labels], groups[labels], numbers)
     ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT = map(torch.from_numpy, arrays)
-    plain = all(len(row) == 1 and len(row[0].input_ids) == width for row in rows)
+    plain = bool((row_lengths == width).all()) and len(examples) == len(rows)
     return Batch(ids_BT, positions_BT, predictor_N, labels_N, group_N, numbers_BT, tokens, plain=plain)
 
 

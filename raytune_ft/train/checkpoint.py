@@ -8,7 +8,7 @@ from typing import Any
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.planner import Choice, MemoryPlan, usable_bytes
 from raytune_ft.spec import JobSpec
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.engine import Snapshot
 
 _POSITION_FILE = "position.json"
 SCHEMA_VERSION = 2
@@ -63,10 +63,15 @@ def choice_holds(position: Position, job: JobSpec, *, workers: int, device_bytes
     return same and position.choice.memory.total <= usable_bytes(device_bytes)
 
 
-def write_checkpoint(folder: Path, engine: Engine, position: Position) -> None:
-    """Write engine and position into `folder`."""
-    engine.save(folder)
-    (folder / _POSITION_FILE).write_text(json.dumps(asdict(position)))
+def with_position(snapshot: Snapshot, position: Position) -> Snapshot:
+    """Writes the position, as it is now, beside the engine's files."""
+    text = json.dumps(asdict(position))
+
+    def write(folder: Path) -> None:
+        snapshot(folder)
+        (folder / _POSITION_FILE).write_text(text)
+
+    return write
 
 
 def read_position(folder: Path, *, data_fingerprint: str, base_digest: str) -> Position:

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +32,10 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+Snapshot = Callable[[Path], None]
+"""Writes what an engine held when the snapshot was taken into a folder, whatever it holds by now."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,16 @@ class Engine(Protocol):
         """Make the model compute with this job's weights alone, until the next pass or evaluation."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of what is trained and of the optimizer's state, or nothing.
+    def snapshot(self) -> Snapshot | None:
+        """Copy this worker's part of what is trained and of the optimizer's state; None without a part.
 
-        All workers call it, each with a folder of its own; Ray merges the folders into one.
+        The copy is in the host's memory, so that training goes on while it is written. All workers call it,
+        and write each into a folder of its own; Ray merges the folders into one.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; training goes on bit for bit."""
+        """Read what a snapshot wrote; training goes on bit for bit."""
         ...
 
     def peak_memory_bytes(self) -> int:

@@ -29,7 +29,7 @@ def fault_of_device(error: BaseException) -> OutOfMemory | DeviceFailed | None:
             f"the device's memory is full ({_first_line(error)}); train fewer jobs at once, or use a smaller "
             "batch.sequences_per_worker or model.gradient_checkpointing: true"
         )
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch does not type it
         try:
             torch.cuda.synchronize()
         except Exception as failure:  # noqa: BLE001  whatever it is, the device does not work

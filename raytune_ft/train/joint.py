@@ -152,9 +152,9 @@ def _attention(
     blocks = attention_mask.blocks
     pieces = [_in_blocks(tensor, blocks) for tensor in (query, key, value)]
     outputs = [
-        sdpa_attention_forward(
-            module, *each, mask if mask is None else mask.to(query.dtype), **settings
-        )[0].flatten(0, 1)
+        sdpa_attention_forward(module, *each, mask if mask is None else mask.to(query.dtype), **settings)[
+            0
+        ].flatten(0, 1)
         for *each, mask in zip(*pieces, attention_mask.masks, strict=True)
     ]
     return torch.cat(outputs)[None], None

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
-from raytune_ft.train.checkpoint import Position, write_checkpoint
-from raytune_ft.train.engine import Engine
+from raytune_ft.train.checkpoint import Position, with_position
+from raytune_ft.train.engine import Engine, Snapshot
 from raytune_ft.train.loop import StepReport, source_losses
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.preemption import Notices
@@ -28,8 +27,8 @@ class Events(Protocol):
 class Keeping(Protocol):
     """Where checkpoints go."""
 
-    def send(self, write: Callable[[Path], None], metrics: dict[str, Any], *, wait: bool) -> None:
-        """Let `write` fill a folder, and keep it; `wait`: something depends on that it is kept."""
+    def send(self, take: Callable[[], Snapshot | None], metrics: dict[str, Any], *, wait: bool) -> None:
+        """Keep the snapshot that `take` makes; `wait`: something depends on that it is kept."""
         ...
 
     def finished(self) -> Sequence[Upload]:
@@ -143,17 +142,15 @@ class Recorder:
             newest["validation_loss"] = loss
         here = self._here()
 
-        def write(folder: Path) -> None:
-            if self._peers.rank == 0:
-                write_checkpoint(folder, self._engine, here)
-            else:
-                self._engine.save(folder)
+        def take() -> Snapshot | None:
+            snapshot = self._engine.snapshot()
+            return with_position(snapshot, here) if snapshot and self._peers.rank == 0 else snapshot
 
         metrics: dict[str, Any] = {
             name: newest[name] for name in ("step", "validation_loss") if name in newest
         }
         began = time.monotonic()
-        self._uploads.send(write, metrics, wait=wait)
+        self._uploads.send(take, metrics, wait=wait)
         newest["checkpoint_seconds"] = time.monotonic() - began
         for upload in self._uploads.finished():
             self._history[upload.step - 1]["upload_seconds"] = upload.seconds

@@ -21,13 +21,13 @@ from raytune_ft.planner import LOGITS_CHUNK_TOKENS, bucket_elements
 from raytune_ft.quantise import is_divided
 from raytune_ft.spec import ClusterSpec, OptimizerSpec
 from raytune_ft.train.batch import Batch
-from raytune_ft.train.engine import Block, pass_number, pass_seed, peak_memory_bytes
+from raytune_ft.train.engine import Block, Snapshot, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.export import export_full, gathered
 from raytune_ft.train.forward import forward_of
 from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.peers import Peers
-from raytune_ft.train.shards import load_shards, save_shards
+from raytune_ft.train.shards import copy_shards, load_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -251,9 +251,9 @@ class ShardedEngine:
         self.deepspeed.eval()
         return float(self.deepspeed(batch=batch.to(self.device), scale=None))
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`; each worker writes its own part."""
-        save_shards(self.deepspeed, self.parameters, folder, self.peers.rank)
+    def snapshot(self) -> Snapshot:
+        """See `Engine.snapshot`; each worker has a part of its own."""
+        return copy_shards(self.deepspeed, self.parameters, self.peers.rank)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`; the workers that saved may have been more or fewer."""

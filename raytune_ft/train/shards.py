@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from raytune_ft.errors import ModelError
 from raytune_ft.methods import saving
 from raytune_ft.quantise import whole_shape
+from raytune_ft.train.engine import Snapshot
 from raytune_ft.train.fragments import (
     Fragment,
     fragments,
@@ -119,20 +120,22 @@ def misfit(offered: Iterable[tuple[int, int]], numel: int) -> str | None:
     return f"elements {numel} to {reached - 1} are more than its {numel}" if reached > numel else None
 
 
-def save_shards(
-    engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Parameter], folder: Path, rank: int
-) -> None:
-    """Write this rank's part of the master weights and the optimizer's state. No rank waits for another.
+def copy_shards(
+    engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Parameter], rank: int
+) -> Snapshot:
+    """Copy this rank's part of the master weights and the optimizer's state. No rank waits for another.
 
     Args:
         engine: ZeRO stage 1 to 3, with or without offload to the host's memory.
         names: every parameter that the optimizer steps.
-        folder: where `rank-<r>.safetensors` is to stand; it appears there when it is complete.
         rank: this process among all that write.
 
+    Returns:
+        Writes `rank-<r>.safetensors` into a folder, where it appears when it is complete. It raises
+        StorageFull where no space is left, and StorageError where the disk fails otherwise; what stood in the
+        folder before stands there still.
+
     Raises:
-        StorageFull: no space is left; what stood in the folder before stands there still.
-        StorageError: the disk failed otherwise.
         SpecError: the optimizer's state cannot be divided.
     """
     tensors: dict[str, Tensor] = {}
@@ -142,7 +145,7 @@ def save_shards(
         piece = Piece(fragment.name, fragment.start, fragment.numel, step, tuple(sorted(state)))
         pieces.append(piece)
         for kind, tensor in {_MASTER: fragment.flat, **state}.items():
-            tensors[piece.tensor_name(kind)] = fragment.of(tensor).cpu()
+            tensors[piece.tensor_name(kind)] = fragment.of(tensor).to("cpu", copy=True)
     manifest = Manifest(
         SCHEMA_VERSION,
         rank,
@@ -152,14 +155,18 @@ def save_shards(
         _shapes(names),
         tuple(pieces),
     )
-    target = folder / _file_name(rank)
-    partial = folder / f".{target.name}"
-    with saving(folder):
-        try:
-            save_file(tensors, partial, metadata={_MANIFEST: json.dumps(asdict(manifest))})
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+
+    def write(folder: Path) -> None:
+        target = folder / _file_name(rank)
+        partial = folder / f".{target.name}"
+        with saving(folder):
+            try:
+                save_file(tensors, partial, metadata={_MANIFEST: json.dumps(asdict(manifest))})
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    return write
 
 
 def load_shards(engine: "deepspeed.DeepSpeedEngine", names: Mapping[str, nn.Parameter], folder: Path) -> None:

@@ -42,8 +42,9 @@ class TrainRows:
     def __init__(self, table: pa.Table, source: int) -> None:
         rows = table.filter(pc.equal(table["split"], "train")).combine_chunks()
         ids, learned = (_only_chunk(rows[name]) for name in ("input_ids", "learned"))
-        self._offsets = ids.offsets.to_numpy()
-        self._ids = ids.values.to_numpy()
+        # Of all examples at once, and as Python's numbers: numpy takes longer for one than for a window.
+        self._offsets: list[int] = ids.offsets.to_pylist()
+        self._ids = ids.values.to_numpy().astype(np.int64)
         self._learned = learned.values.to_numpy(zero_copy_only=False)
         self._source = source
 
@@ -52,11 +53,11 @@ class TrainRows:
 
     def __getitem__(self, row: int) -> Tokens:
         part = slice(self._offsets[row], self._offsets[row + 1])
-        return Tokens(self._ids[part].astype(np.int64), self._learned[part], self._source)
+        return Tokens(self._ids[part], self._learned[part], self._source)
 
     def length(self, row: int) -> int:
         """Tokens of an example."""
-        return int(self._offsets[row + 1] - self._offsets[row])
+        return self._offsets[row + 1] - self._offsets[row]
 
 
 def _only_chunk(column: pa.ChunkedArray) -> pa.ListArray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray.train
@@ -19,6 +19,9 @@ from ray.train import CheckpointUploadMode
 
 from raytune_ft.errors import RaytuneError, StorageDenied, StorageError, StorageFull
 from raytune_ft.storage import Storage, disk_errors
+
+if TYPE_CHECKING:
+    from raytune_ft.train.engine import Snapshot
 
 OUTAGE_S = 600.0
 """A store that is away for longer ends the run. Training goes on meanwhile, so there is time."""
@@ -40,8 +43,8 @@ class Uploads:
     """Sends this worker's part of each checkpoint to the store in a thread, one at a time.
 
     A checkpoint counts once Ray has heard from all workers that their parts are complete; one that was cut
-    off anywhere before leaves the former in its place. It is written to a local disk first: what is trained
-    changes with the next step.
+    off anywhere before leaves the former in its place. It is written to a local disk first, in the thread as
+    well: what is trained changes with the next step, and its copy should not fill the memory for long.
     """
 
     def __init__(
@@ -67,23 +70,24 @@ class Uploads:
         self._idle = threading.Event()
         self._idle.set()
         self._begun = threading.Event()
-        self._sent = self._local
-        """The folder that was handed to Ray last."""
+        self._held: dict[Path, Snapshot] = {}
+        """What was handed to Ray last, until it is written, by where that will be."""
         self._failure: RaytuneError | None = None
         self._finished: list[Upload] = []
         with disk_errors(str(self._local)):
             _remove_abandoned(self._local)
 
-    def send(self, write: Callable[[Path], None], metrics: dict[str, Any], *, wait: bool) -> None:
+    def send(self, take: "Callable[[], Snapshot | None]", metrics: dict[str, Any], *, wait: bool) -> None:
         """Write a part to the local disk and send it; all workers call it for the same step.
 
         Args:
-            write: writes this worker's part into a folder, or nothing where it has none.
+            take: makes a snapshot of this worker's part; None where it has none. It is called once the former
+                part is sent, for two copies would need twice the memory.
             metrics: `step`, and what Ray keeps beside the checkpoint.
             wait: return when it is complete in the store; else as soon as the former is.
 
         Raises:
-            StorageFull: the local disk or the store is full; the former checkpoint stays.
+            StorageFull: the local disk or the store was full for the former part; the checkpoint before stays.
             StorageError: the store failed for longer than `OUTAGE_S`.
             RunHeld: another driver has taken the run over.
         """
@@ -91,27 +95,15 @@ class Uploads:
         if self._failure is not None:
             raise self._failure
         folder = self._local / str(metrics["step"])
-        checkpoint = None
-        try:
-            with disk_errors(str(folder)):
-                folder.mkdir(parents=True, mode=0o700)
-                write(folder)
-                if any(folder.iterdir()):
-                    checkpoint = ray.train.Checkpoint.from_directory(folder)
-        except BaseException:
-            # A half-written part would keep the disk full.
-            self._drop(folder)
-            raise
-        if checkpoint is None:
-            self._drop(folder)
-        else:
+        snapshot = take()
+        if snapshot is not None:
             self._idle.clear()
             self._begun.clear()
-            self._sent = folder
+            self._held[folder] = snapshot
         try:
             ray.train.report(
                 metrics,
-                checkpoint=checkpoint,
+                checkpoint=None if snapshot is None else ray.train.Checkpoint.from_directory(folder),
                 checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
                 delete_local_checkpoint_after_upload=False,
                 checkpoint_upload_fn=lambda _, name: self._upload(folder, name, metrics["step"]),
@@ -128,7 +120,7 @@ class Uploads:
     def _wait_for_former(self, begin_s: float = _BEGIN_S) -> None:
         """Wait for the upload on its way. Ray drops a report, and says nothing, where a worker was lost."""
         if not self._idle.is_set() and not self._begun.wait(begin_s):
-            self._drop(self._sent)
+            self._held.clear()
             self._idle.set()
         self._idle.wait()
 
@@ -136,6 +128,7 @@ class Uploads:
         self._begun.set()
         began = time.monotonic()
         try:
+            self._write_here(folder)
             size_bytes = send_folder(self._storage, folder, name, may_write=self._may_write)
             self._finished.append(Upload(step, size_bytes, time.monotonic() - began))
         except RaytuneError as error:
@@ -153,6 +146,15 @@ class Uploads:
         return ray.train.Checkpoint(
             place.build_checkpoint_path_from_name(name), filesystem=place.storage_filesystem
         )
+
+    def _write_here(self, folder: Path) -> None:
+        """Onto the local disk; the copy in memory is let go."""
+        snapshot = self._held.pop(folder, None)
+        if snapshot is None:
+            raise StorageError(f"{folder}: was given up before it was written")
+        with disk_errors(str(folder)):
+            folder.mkdir(parents=True, mode=0o700)
+            snapshot(folder)
 
     def _drop(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)

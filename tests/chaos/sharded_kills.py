@@ -134,8 +134,8 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 def _doing(job: Path) -> str:
-    """The phase that the command said last."""
-    lines = said_by(job).read_text().splitlines()
+    """The phase that the command said last; Ray's messages between its lines are in colour."""
+    lines = [line for line in said_by(job).read_text().splitlines() if "\033" not in line]
     return lines[-1].partition("  ")[0] if lines else "nothing yet"
 
 

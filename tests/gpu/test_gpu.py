@@ -96,7 +96,7 @@ def test_gradient_checkpointing_needs_less_memory(base: Path) -> None:
 
 def test_resumes_with_the_same_loss(base: Path, tmp_path: Path) -> None:
     engine, _ = train(base, bits=4, device="cuda", kind="paged_adamw_8bit")
-    engine.save(tmp_path)
+    tiny.keep(engine, tmp_path)
     before = engine.evaluate(steps(1)[0].batches[0])
     engine.load(tmp_path)
     assert engine.evaluate(steps(1)[0].batches[0]) == before

@@ -72,9 +72,8 @@ def train(config: dict[str, Any]) -> list[dict[str, Any]]:
                 raise RuntimeError("as the test wants it")
             yield step
 
-    def validate() -> float:
-        assert peers.rank == 0
-        return 1.5
+    def validate() -> float | None:
+        return 1.5 if peers.rank == 0 else None
 
     failures: list[RaytuneError] = []
     events = EventWriter(config["channel"])

@@ -239,7 +239,7 @@ class TestSlots:
         def keep(place: int, step: int, engine: BankEngine) -> None:
             if step == 3:
                 (tmp_path / str(place)).mkdir()
-                engine.save(tmp_path / str(place))
+                tiny.keep(engine, tmp_path / str(place))
                 raise KeyError("killed")
 
         run_together(tiny.llama(), jobs, meddle=keep)

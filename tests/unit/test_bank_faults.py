@@ -66,9 +66,7 @@ def in_the_update(engine: BankEngine) -> None:
 
 
 class TestMemory:
-    @pytest.mark.parametrize(
-        "where", [in_the_data, in_the_forward_pass, in_the_backward_pass, in_the_update]
-    )
+    @pytest.mark.parametrize("where", [in_the_data, in_the_forward_pass, in_the_backward_pass, in_the_update])
     def test_that_is_full_is_no_fault_of_a_job(self, where: Callable[[BankEngine], None]) -> None:
         def fill(place: int, step: int, engine: BankEngine) -> None:
             if (place, step) == (1, 2):

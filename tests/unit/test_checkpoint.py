@@ -20,7 +20,7 @@ from raytune_ft.train.checkpoint import (
     choice_holds,
     memory_settings,
     read_position,
-    write_checkpoint,
+    with_position,
 )
 
 POSITION = Position(
@@ -42,9 +42,15 @@ def engine(rank: int = 4, seed: int = 0) -> BankEngine:
     return BankEngine(Bank(base), add_lora(base, LoraSpec(rank=rank), seed), OptimizerSpec())
 
 
+def write(folder: Path, position: Position) -> None:
+    snapshot = engine().snapshot()
+    assert snapshot
+    with_position(snapshot, position)(folder)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path, engine(), POSITION)
+    write(tmp_path, POSITION)
     return tmp_path
 
 
@@ -58,7 +64,7 @@ def test_what_is_written_is_read(checkpoint: Path) -> None:
 
 def test_the_bare_start_is_a_position_too(tmp_path: Path) -> None:
     start = replace(POSITION, step=0, history=[], before=None)
-    write_checkpoint(tmp_path, engine(), start)
+    write(tmp_path, start)
     assert read_position(tmp_path, data_fingerprint="data", base_digest="base") == start
 
 
@@ -133,6 +139,6 @@ def test_a_choice_holds_where_it_fits_and_the_job_says_the_same(
     checkpoint: Path, sections: dict[str, Any], workers: int, device_bytes: int, holds: bool
 ) -> None:
     written = replace(POSITION, chosen_for=memory_settings(job()))
-    write_checkpoint(checkpoint, engine(), written)
+    write(checkpoint, written)
     kept = read_position(checkpoint, data_fingerprint="data", base_digest="base")
     assert choice_holds(kept, job(**sections), workers=workers, device_bytes=device_bytes) is holds

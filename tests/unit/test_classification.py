@@ -345,7 +345,7 @@ class TestTraining:
 
     def test_a_resumed_engine_goes_on_with_its_head(self, tmp_path: Path) -> None:
         bank, _ = trained(tiny.bert(dropout=0.1), LORA, layout(), count=2)
-        bank.save(tmp_path)
+        tiny.keep(bank, tmp_path)
         fresh, _ = trained(tiny.bert(dropout=0.1), LORA, layout(), count=0)
         fresh.load(tmp_path)
         for engine in (bank, fresh):

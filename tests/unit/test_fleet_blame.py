@@ -14,7 +14,6 @@ from desks import desk_of
 from lanes import Locked
 from ray.exceptions import RayError
 
-
 from raytune_ft.errors import (
     DataError,
     DeviceFailed,
@@ -55,7 +54,7 @@ def settled(error: BaseException, *, store: Exception | None = None) -> tuple[st
     Blame(attendance, ask_store).settle("a", error)
     try:
         attendance.check()
-    except Exception as trouble:
+    except Exception as trouble:  # noqa: BLE001  whatever the lane ends with
         return desk._queue.entries["a"].state, trouble
     return desk._queue.entries["a"].state, None
 
@@ -169,7 +168,7 @@ def caused_by(error: Exception) -> ModelError:
     try:
         try:
             raise error
-        except Exception as inner:
+        except Exception as inner:  # noqa: BLE001  the same
             raise ModelError(f"the model does not load: {inner}") from None
     except ModelError as found:
         return found

@@ -19,6 +19,7 @@ from raytune_ft.fleet.events import (
 from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.run import check_barren
 
+
 def pass_s(desk: Desk, clock: Clock, seconds: int) -> list[FleetEvent]:
     """Let time pass while the driver asks, as it does; what it hears."""
     events: list[FleetEvent] = []
@@ -195,7 +196,7 @@ def test_so_many_lanes_may_be_lost_while_they_load_as_there_are(cause: Cause, ki
         desk.lose_attempts(f"lane-{at}", announced=False, reason="its node is gone", cause=cause)
     check_barren(desk.news())
     desk.lose_attempts("lane-6", announced=False, reason="no torch", cause=cause)
-    with pytest.raises(kind, match="7 lanes were lost .* before any of them had done a step; the last"):
+    with pytest.raises(kind, match=r"7 lanes were lost .* before any of them had done a step; the last"):
         check_barren(desk.news())
 
 

@@ -161,7 +161,6 @@ class TestLosing:
         self.lose_often(jobs, 1)
         assert jobs.entries["a"].state == "failed"
 
-
     def test_who_comes_further_between_two_losses_is_not_their_cause(self) -> None:
         jobs = queue(job("a", max_restarts=1), job("b", max_restarts=1))
         for at in range(1, 9):

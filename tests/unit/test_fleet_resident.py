@@ -13,12 +13,16 @@ from raytune_ft.fleet.plan import plan_fleet
 from raytune_ft.fleet.resident import Resident
 from raytune_ft.models import model_folder, read_facts
 from raytune_ft.spec import JobSpec
-from raytune_ft.train.checkpoint import write_checkpoint
+from raytune_ft.train.checkpoint import with_position
 
 
 @pytest.mark.parametrize(
     ("change", "tokens_per_forward"),
-    [({}, 64), ({"batch": {"sequences_per_worker": 2}}, 256), ({"model": {"gradient_checkpointing": True}}, 256)],
+    [
+        ({}, 64),
+        ({"batch": {"sequences_per_worker": 2}}, 256),
+        ({"model": {"gradient_checkpointing": True}}, 256),
+    ],
     ids=["same", "batch", "model"],
 )
 def test_the_choice_of_a_checkpoint_holds_while_the_job_says_the_same_of_its_memory(
@@ -44,7 +48,9 @@ def test_the_choice_of_a_checkpoint_holds_while_the_job_says_the_same_of_its_mem
     kept = replace(bench.position, step=2, choice=replace(bench.position.choice, tokens_per_forward=64))
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    write_checkpoint(folder, bench.engine, kept)
+    snapshot = bench.engine.snapshot()
+    assert snapshot
+    with_position(snapshot, kept)(folder)
     resident.leave(bench)
     sections = {name: getattr(job, name).model_copy(update=values) for name, values in change.items()}
     later: JobSpec = job.model_copy(update=sections)

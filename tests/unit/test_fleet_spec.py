@@ -375,8 +375,8 @@ class TestProblems:
         uri = "s3://tasks/x${AWS_SECRET_ACCESS_KEY}.json"
         found = complaint(fleet(for_each={"glob": "s3://tasks/*.json"}), uris=("s3://tasks/a.json", uri))
         assert found == (
-            f"f.yaml has 1 problem:\n  for_each.glob = s3://tasks/*.json: {uri}: has '${{' in its name, which "
-            "a job file takes for a variable; rename it"
+            f"f.yaml has 1 problem:\n  for_each.glob = s3://tasks/*.json: {uri}: has '${{' in its name, "
+            "which a job file takes for a variable; rename it"
         )
 
     def test_objects_that_give_one_name(self) -> None:

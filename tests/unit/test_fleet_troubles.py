@@ -45,12 +45,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def fleet(
-    base: Path, folder: Path, count: int, *, slots: int, steps: int = 6, **of_first: Any
-) -> FleetSpec:
+def fleet(base: Path, folder: Path, count: int, *, slots: int, steps: int = 6, **of_first: Any) -> FleetSpec:
     jobs = {
-        f"job-{at}": job_on(write_task(folder, f"job-{at}"), schedule={"steps": steps})
-        for at in range(count)
+        f"job-{at}": job_on(write_task(folder, f"job-{at}"), schedule={"steps": steps}) for at in range(count)
     }
     first = jobs["job-0"]
     jobs["job-0"] = {**first, **of_first, "data": {**first["data"], **of_first.get("data", {})}}
@@ -275,7 +272,6 @@ def test_a_panic_while_a_job_is_prepared_fails_that_job(
 def test_a_panic_while_data_is_read_fails_that_job(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
 
     steps = Recipe.steps
 

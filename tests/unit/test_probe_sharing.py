@@ -86,5 +86,7 @@ def test_the_base_is_left_as_it_was(build: Any) -> None:
 
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4))
 def test_plain_batches_are_those_whose_rows_are_one_example(rows: list[list[int]]) -> None:
-    batch = assemble([[Tokens(np.arange(length), np.ones(length, dtype=np.bool_)) for length in row] for row in rows], 0)
+    batch = assemble(
+        [[Tokens(np.arange(length), np.ones(length, dtype=np.bool_)) for length in row] for row in rows], 0
+    )
     assert batch.plain == bool((batch.position_ids_BT.diff(dim=1) == 1).all())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import save_file
 
 from raytune_ft.errors import StorageFull
 from raytune_ft.methods.lora import add_lora
@@ -14,9 +15,7 @@ from raytune_ft.train.publish import publish
 from raytune_ft.train.run import RunState
 
 
-def test_a_disk_that_is_full_when_the_job_is_written(
-    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_full_when_the_job_is_written(small_disk: Path, tmp_path: Path) -> None:
     job = parse_job(
         {
             "name": "sums",
@@ -26,12 +25,12 @@ def test_a_disk_that_is_full_when_the_job_is_written(
             "publish": {"catalog": str(tmp_path / "catalog")},
         }
     )
-    model = tiny.llama()
-    add_lora(model, LoraSpec(rank=1), seed=0)
+    parameters = add_lora(tiny.llama(), LoraSpec(rank=1), seed=0)
     choice = Choice("dequantised", 4096, MemoryPlan(1, 2, 3, 4, 5))
     history = [{"tokens": 1, "learned_tokens": 1, "loss": 1.0}]
     position = Position(1, "d", "b", choice, threads=1, workers=1, history=history)
-    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    state = RunState(1, "attempt", "d", "b")
+    save_file({name: p.detach() for name, p in parameters.items()}, small_disk / "adapter_model.safetensors")
     with pytest.raises(StorageFull, match="the disk is full"):
-        publish(job, RunState(1, "attempt", "d", "b"), position, {}, None, model, tiny.tokenizer(), None)
+        publish(job, state, position, {}, None, small_disk, tiny.tokenizer(), "causal", None)
     assert not (tmp_path / "catalog").exists()

@@ -264,7 +264,7 @@ class TestTraining:
         whole, first, second = new(), new(), new()
         train(whole)
         train(first, end=stop)
-        first.save(tmp_path)
+        tiny.keep(first, tmp_path)
         second.load(tmp_path)
         train(second, start=stop)
         for name, parameter in whole.parameters.items():

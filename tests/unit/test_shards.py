@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raytune_ft.errors import StorageError
 from raytune_ft.train.export import gathered
-from raytune_ft.train.shards import load_shards, save_shards
+from raytune_ft.train.shards import copy_shards, load_shards
 
 STEPS = 2
 WORLDS = (4, 2, 3, 1)
@@ -86,7 +86,7 @@ def write(case: Case, number: int, rank: int, folder: Path) -> dict[str, Any]:
     train(engine, range(STEPS))
     target = folder / f"{WORLDS[0]}-{number}"
     target.mkdir(exist_ok=True)
-    save_shards(engine, names, target, rank)
+    copy_shards(engine, names, rank)(target)
     reference, saved_steps = whole(engine, names), (engine.global_steps, steps_taken(engine))
     train(engine, [STEPS])
     uninterrupted = whole(engine, names)
@@ -115,7 +115,7 @@ def read_on(case: Case, number: int, world: int, rank: int, folder: Path) -> dic
     load_shards(engine, names, folder / f"{WORLDS[at - 1]}-{number}")
     target = folder / f"{world}-{number}"
     target.mkdir(exist_ok=True)
-    save_shards(engine, names, target, rank)
+    copy_shards(engine, names, rank)(target)
     reference = torch.load(folder / f"reference-{number}.pt")
     found = {"loaded": differences(whole(engine, names), reference)}
     masters = gathered(engine, names)
@@ -128,13 +128,13 @@ def read_on(case: Case, number: int, world: int, rank: int, folder: Path) -> dic
 def full_disk(folder: Path) -> tuple[str, bool]:
     """What a disk that is full says, and whether the file that stood there stands there still."""
     engine, names = new_engine(2)
-    save_shards(engine, names, folder, 0)
+    copy_shards(engine, names, 0)(folder)
     (file,) = folder.glob("rank-*")
     before = file.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, limits[1]))
     try:
-        save_shards(engine, names, folder, 0)
+        copy_shards(engine, names, 0)(folder)
     except StorageError as error:
         return str(error), [f.read_bytes() for f in folder.iterdir()] == [before]
     finally:

@@ -285,7 +285,10 @@ class TestEngine:
         train(whole, steps)
         half = engine(method, optimizer=optimizer)
         train(half, steps[:3])
-        half.save(tmp_path)
+        snapshot = half.snapshot()
+        assert snapshot
+        train(half, steps[3:])
+        snapshot(tmp_path)
         resumed = engine(method, optimizer=optimizer)
         resumed.load(tmp_path)
         train(resumed, steps[3:], start=3)
@@ -296,7 +299,7 @@ class TestEngine:
     def test_a_damaged_checkpoint_is_refused(self, tmp_path: Path, name: str, kept: int | None) -> None:
         bank = engine()
         train(bank, some_steps(1))
-        bank.save(tmp_path)
+        tiny.keep(bank, tmp_path)
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         if kept is not None:
@@ -316,7 +319,7 @@ class TestEngine:
         whole, half, resumed = bank(), bank(), bank()
         train(whole, steps)
         train(half, steps[:3])
-        half.save(tmp_path)
+        tiny.keep(half, tmp_path)
         torch.manual_seed(1234)
         resumed.load(tmp_path)
         train(resumed, steps[3:], start=3)

@@ -74,7 +74,7 @@ def test_a_report_that_ray_drops_does_not_stop_the_next(tmp_path: Path, scratch:
 
     def train() -> None:
         for step in (1, 2):
-            found.send(write, {"step": step}, wait=True)
+            found.send(lambda: write, {"step": step}, wait=True)
 
     # A daemon: where the second waits forever, the tests do not.
     thread = threading.Thread(target=lambda: LocalController("e").run(train), daemon=True)
