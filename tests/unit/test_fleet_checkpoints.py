@@ -116,7 +116,7 @@ class TestKeeping:
         with ThreadPoolExecutor(2) as threads:
             keeping = self.keeping(Slow(storage, CheckpointSpec(keep=9)), threads, tmp_path, told)
             for step, wait in ((1, False), (2, False), (3, True)):
-                keeping.send(self.write, {"step": step}, wait=wait)
+                keeping.send(lambda: self.write, {"step": step}, wait=wait)
             gate.set()
             keeping.drain()
         assert told == [1, 3]
@@ -132,10 +132,10 @@ class TestKeeping:
 
         with ThreadPoolExecutor(1) as threads:
             keeping = self.keeping(Full(storage, CheckpointSpec()), threads, tmp_path, [])
-            keeping.send(self.write, {"step": 1}, wait=False)
+            keeping.send(lambda: self.write, {"step": 1}, wait=False)
             keeping.drain()
             with pytest.raises(StorageError, match="no space"):
-                keeping.send(self.write, {"step": 2}, wait=False)
+                keeping.send(lambda: self.write, {"step": 2}, wait=False)
 
 
 @pytest.mark.parametrize("may_delete", [True, False])
