@@ -238,10 +238,12 @@ class TestKilled:
         assert_equal(["counts", "letters", "squares"], folder / "catalog", tmp_path / "catalog", tmp_path)
 
     @pytest.mark.slow
-    def test_two_lanes_share_the_jobs(self, reference: Any, base: Path, tmp_path: Path) -> None:
-        folder = reference[3]
-        fleet = fleet_of(base, tmp_path / "catalog", three(folder), lanes={"max": 2, "slots": 2})
+    def test_two_lanes_share_the_jobs(self, base: Path, tmp_path: Path) -> None:
+        # Long enough for the second lane to find some left.
+        jobs = three(tmp_path, steps=250)
+        alone = fleet_of(base, tmp_path / "alone", jobs, lanes={"slots": 3})
+        assert run(alone, tmp_path / "of-one").ok
         heard = Heard()
-        assert run(fleet, tmp_path, heard).ok
+        assert run(fleet_of(base, tmp_path / "two", jobs, lanes={"max": 2, "slots": 2}), tmp_path, heard).ok
         assert len({event.lane for event in heard.of(JobDone)}) == 2
-        assert_equal(["counts", "letters", "squares"], folder / "catalog", tmp_path / "catalog", tmp_path)
+        assert_equal(["counts", "letters", "squares"], tmp_path / "alone", tmp_path / "two", tmp_path)
