@@ -262,8 +262,8 @@ JOB_PROBLEMS = [
     ),
     (
         ["defaults.model.compile=true"],
-        "every job: model.compile = true: is for one job, and a lane's come and go; remove it, or train it by "
-        "itself with raytune-ft train",
+        "every job: model.compile = true: is for one job, and a lane's come and go; remove it, or train it "
+        "by itself with raytune-ft train",
     ),
     (
         ["jobs.0.method={kind: full}", "jobs.0.model.weight_bits=16"],
