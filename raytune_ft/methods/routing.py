@@ -89,8 +89,8 @@ class Route:
             return [Part(self._shares[0], 0, tokens)]
         if self._stops[-1] != tokens:
             raise ModelError(
-                f"a layer sees {tokens} tokens of a pass that has {self._stops[-1]}: jobs cannot share passes "
-                "through this model; train them one after another"
+                f"a layer sees {tokens} tokens of a pass that has {self._stops[-1]}: jobs cannot share "
+                "passes through this model; train them one after another"
             )
         starts = (0, *self._stops)
         return [Part(*each) for each in zip(self._shares, starts, self._stops, strict=False)]

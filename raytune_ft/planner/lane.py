@@ -22,7 +22,7 @@ class Lane:
     memory: MemoryPlan
     """With those jobs that need most: whichever meet on the lane fit as well."""
     row_tokens: tuple[int, ...]
-    """See `row_tokens`, of as many jobs as there are slots, the most first: what a pass of so many may hold."""
+    """See the function: of as many jobs as there are slots, the most first. A pass holds no more."""
 
 
 def row_tokens(job: JobSpec) -> int:

@@ -131,7 +131,7 @@ def memory_plan(facts: ModelFacts, job: JobSpec, *, resident: str, tokens_per_fo
 
 
 def _dropped_bytes(facts: ModelFacts, job: JobSpec, size: int) -> int:
-    """Bytes that the dropout of adapters keeps per token and layer: a mask and a copy of each of their inputs."""
+    """Bytes that dropout keeps per token and layer: a mask and a copy of each input of an adapter."""
     if not isinstance(job.method, LoraSpec) or not job.method.dropout:
         return 0
     # q, k, v, up and gate; o; down.

@@ -8,8 +8,8 @@ compute alone, and nothing of one block reaches another, not even what is not fi
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +45,6 @@ class _Masks:
     """Of each block (B, 1, T, T), what is added to the scores; None: a token sees what stands before it."""
 
 
-_current: ContextVar[Sequence[_Block]] = ContextVar("blocks")
-
-
 def side_by_side(model: "PreTrainedModel", batches: Sequence[Batch]) -> Tensor:
     """Last hidden states (1, N, D) of all tokens of some batches, of one after another.
 
@@ -73,39 +70,37 @@ def _use_blocks(model: "PreTrainedModel") -> None:
             f"{type(model).__name__} computes its attention by '{model.config._attn_implementation}', which "
             "jobs cannot share; train them one after another"
         )
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
 
 
 @contextmanager
 def _blocks_of(batches: Sequence[Batch]) -> Iterator[None]:
+    """Within, the model makes the masks of each batch by itself."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     blocks = []
     start = 0
     for batch in batches:
         rows, width = batch.position_ids_BT.shape
         blocks.append(_Block(start, rows, width, batch.plain))
         start += rows * width
-    token = _current.set(blocks)
+    # Here alone: no model is at work in another thread.
+    AttentionMaskInterface.register(_NAME, partial(_masks, blocks))
     try:
         yield
     finally:
-        _current.reset(token)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
-def _mask(**given: Any) -> "Tensor | _Masks | None":
+def _masks(blocks: Sequence[_Block], **given: Any) -> _Masks:
     """Masks of the blocks, each what the model would make for the block alone.
 
     Takes what transformers passes to a function that makes a mask. Its `mask_function` says of two places in
     the row of all tokens whether one sees the other; it finds examples by their positions.
     """
-    from transformers.masking_utils import sdpa_mask
-
-    blocks = _current.get(None)
-    if blocks is None:
-        plain: Tensor | None = sdpa_mask(**given)
-        return plain
     if given.get("use_vmap") or given.get("attention_mask") is not None:
         raise ModelError("the model makes masks of its own, through which jobs cannot share passes")
     window, sees = given.get("local_size"), given["mask_function"]

@@ -125,7 +125,7 @@ def train(base: Base, offer: Offer, *, peers: Peers = Peers()) -> None:
         if not running:
             return
         running = [job for job in running if job.begin()]
-        for blocks in _passes([job.blocks for job in running], base.tokens_per_pass):
+        for blocks in _passes([job.blocks for job in running], base):
             found = base.accumulate([block for _, block in blocks])
             for (at, _), sums in zip(blocks, found, strict=True):
                 running[at].add(sums)
@@ -134,12 +134,12 @@ def train(base: Base, offer: Offer, *, peers: Peers = Peers()) -> None:
         running = [job for job in running if job.finish()]
 
 
-def _passes(queues: Sequence[Sequence[Block]], tokens_per_pass: int) -> Iterator[list[tuple[int, Block]]]:
+def _passes(queues: Sequence[Sequence[Block]], base: Base) -> Iterator[list[tuple[int, Block]]]:
     """Passes of blocks, each with the place of its job; those of one job come in their order."""
     left = [(at, list(reversed(queue))) for at, queue in enumerate(queues) if queue]
     while left:
         chosen: list[tuple[int, Block]] = []
-        room = tokens_per_pass
+        room = base.tokens_per_pass
         for at, queue in left:
             size = queue[-1].batch.input_ids_BT.numel()
             shared = size <= room and queue[-1].engine.shares_passes

@@ -23,6 +23,7 @@ from raytune_ft.errors import DataError, Diverged, ModelError
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods.lora import add_lora, save_lora
 from raytune_ft.models import load_base
+from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Classes, Layout, Pairs, Step
@@ -126,6 +127,22 @@ class TestEquality:
         jobs = mixed(3)
         for job, found in zip(jobs, run_together(load(), jobs), strict=True):
             assert same_bits(found, run_alone(load(), job))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_with_threads_and_more_learned_tokens_than_a_chunk_has(self, dtype: torch.dtype) -> None:
+        def build() -> PreTrainedModel:
+            return tiny.llama(hidden=512, layers=1, vocabulary=8000, positions=512).to(dtype)
+
+        # The logits of each job end and begin within chunks, at other places than alone.
+        jobs = [
+            Plan(seed=at, steps=1, sequences=9 + at, max_tokens=400, vocabulary=(6, 8000)) for at in range(2)
+        ]
+        learned = [int(e.learned[1:].sum()) for job in jobs for e in job.examples(0)]
+        assert sum(learned) > LOGITS_CHUNK_TOKENS
+        torch.set_num_threads(2)
+        for job, found in zip(jobs, run_together(build(), jobs, tokens_per_pass=1 << 20), strict=True):
+            assert same_bits(found, run_alone(build(), job))
 
     def test_absolute_positions_and_transposed_weights(self) -> None:
         jobs = [replace(job, method=LoraSpec(rank=4, dropout=0.1)) for job in mixed(3)]

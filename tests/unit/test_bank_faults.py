@@ -72,7 +72,7 @@ class TestMemory:
             if (place, step) == (1, 2):
                 where(engine)
 
-        with pytest.raises(OutOfMemory, match="memory|do not fit the device"):
+        with pytest.raises(OutOfMemory, match=r"memory|do not fit the device"):
             run_together(tiny.llama(), JOBS, meddle=fill)
 
     def test_that_is_full_while_a_job_is_reported_or_leaves(self) -> None:

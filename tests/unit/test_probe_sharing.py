@@ -9,10 +9,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from raytune_ft.train.batch import Tokens, assemble
 from raytune_ft.train.probe import can_share_passes
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 320,
+    "pad_token_id": 2,
+}
 
 
 def trickling() -> PreTrainedModel:
@@ -31,7 +53,7 @@ def reordering() -> PreTrainedModel:
     model = tiny.llama()
     layer = model.model.layers[1].mlp
     layer.register_forward_pre_hook(lambda _, given: (given[0].flip(1), *given[1:]))
-    layer.register_forward_hook(lambda _, given, output: output.flip(1))
+    layer.register_forward_hook(lambda *passed: passed[-1].flip(1))
     return model
 
 
@@ -40,6 +62,22 @@ def falcon() -> PreTrainedModel:
     return FalconForCausalLM(
         FalconConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
     ).eval()
+
+
+def convolving() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **SIZES)).eval()
+
+
+def experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)).eval()
+
+
+def windows() -> PreTrainedModel:
+    """Of fewer tokens than the examples have."""
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(head_dim=16, sliding_window=4, **SIZES)).eval()
 
 
 def longrope() -> PreTrainedModel:
@@ -63,9 +101,15 @@ def longrope() -> PreTrainedModel:
     ).eval()
 
 
-@pytest.mark.parametrize("build", [trickling, reordering, falcon])
+@pytest.mark.parametrize("build", [trickling, reordering, falcon, convolving])
 def test_a_base_through_which_a_neighbour_is_felt_is_not_shared(build: Any) -> None:
     assert not can_share_passes(build(), max_tokens=64)
+
+
+@pytest.mark.parametrize("build", [experts, windows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_through_which_no_neighbour_is_felt_is_shared(build: Any, dtype: torch.dtype) -> None:
+    assert can_share_passes(build().to(dtype), max_tokens=64)
 
 
 def test_positions_that_depend_on_the_longest_row_of_a_pass() -> None:
