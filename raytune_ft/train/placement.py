@@ -85,6 +85,7 @@ def _on_cpus(workers: int, cpus: Sequence[float]) -> Placement:
     sizes = sorted((size for size in cpus if size), reverse=True)[:workers] or [1.0]
     threads, used = max((max(1, int(sizes[n - 1]) // -(-workers // n)), n) for n in range(1, len(sizes) + 1))
     per_node = -(-workers // used)
-    size = sizes[used - 1]
+    # Rounded up, they may fill fewer nodes: the smallest that has workers counts.
+    size = sizes[-(-workers // per_node) - 1]
     # Most of the node, so that another run's workers cannot take what the data tasks of this one need.
     return Placement(False, threads, (size - max(task_cpus(size), size / 8)) / per_node, per_node)

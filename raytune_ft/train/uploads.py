@@ -87,7 +87,7 @@ class Uploads:
             wait: return when it is complete in the store; else as soon as the former is.
 
         Raises:
-            StorageFull: the local disk or the store was full for the former part; the checkpoint before stays.
+            StorageFull: the local disk or the store was full for the former part; what was kept before stays.
             StorageError: the store failed for longer than `OUTAGE_S`.
             RunHeld: another driver has taken the run over.
         """

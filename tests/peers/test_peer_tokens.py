@@ -191,7 +191,9 @@ def test_sequence_lengths_follow_from_positions(case: dict[str, Any]) -> None:
     rows = [[tokens([1] * length) for length in runs(numbered)] for numbered in case["packed_ids"]]
     batch = assemble(rows, PAD)
     kept = np.array(case["packed_ids"]).ravel() > 0
-    positions = batch.position_ids_BT.numpy().ravel()[kept]
+    # A pass of very few tokens is padded beyond its longest row.
+    width = len(case["packed_ids"][0])
+    positions = batch.position_ids_BT.numpy()[:, :width].ravel()[kept]
     bounds = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
     assert np.flatnonzero(kept).tolist() == case.get("expected_indices", [0])
     assert bounds == case["expected_cu_seqlens"]

@@ -47,6 +47,7 @@ def sections(base: Path, **model: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_t5_learns_to_answer_and_peft_loads_its_adapter(animals: Path, tmp_path: Path) -> None:
     base = tiny.save_base(tmp_path / "base", tiny.t5(dropout=0.1))
     job = make_job(base, animals, tmp_path / "catalog", optimizer={"learning_rate": 2.0e-2}, **sections(base))

@@ -176,6 +176,7 @@ class TestDone:
 
 
 class TestChanged:
+    @pytest.mark.slow
     def test_only_what_changed_runs_anew_and_failures_wait_to_be_asked_for(
         self, base: Path, tmp_path: Path
     ) -> None:
@@ -207,6 +208,7 @@ class TestChanged:
         assert {event.job for event in changed.of(JobDone) if event.before} == {"squares", "letters"}
         assert Catalog.at(str(tmp_path / "catalog")).resolve("counts").version == 2
 
+    @pytest.mark.slow
     def test_after_a_failure_nothing_more_begins_where_that_is_wanted(
         self, base: Path, tmp_path: Path
     ) -> None:

@@ -16,7 +16,7 @@ from raytune_ft.train.launch import train
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 
-def sharded_job(base: Path, capitals: Path, catalog: Path, **cluster: Any) -> JobSpec:
+def sharded_job(base: Path, capitals: Path, catalog: Path, *, steps: int = 12, **cluster: Any) -> JobSpec:
     return make_job(
         base,
         capitals,
@@ -24,6 +24,7 @@ def sharded_job(base: Path, capitals: Path, catalog: Path, **cluster: Any) -> Jo
         method={"kind": "full"},
         # Adam divides by the gradient's own size, so a small epsilon would blow up the rounding of tiny ones.
         optimizer={"learning_rate": 1.0e-3, "epsilon": 1.0e-4},
+        schedule={"steps": steps},
         cluster=cluster,
     )
 
@@ -34,6 +35,7 @@ def published(job: JobSpec, to: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_divided_weights_become_the_model_that_whole_ones_become_also_when_a_worker_is_killed(
     base: Path, capitals: Path, tmp_path: Path
 ) -> None:
@@ -53,3 +55,12 @@ def test_divided_weights_become_the_model_that_whole_ones_become_also_when_a_wor
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
     AutoModelForCausalLM.from_pretrained(tmp_path / "pulled3")
+
+
+def test_divided_weights_are_published_as_one_model(base: Path, capitals: Path, tmp_path: Path) -> None:
+    job = sharded_job(base, capitals, tmp_path / "catalog", steps=4, workers=2, zero_stage=3)
+    result = train(job, tmp_path / "out")
+    assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]
+    ours, start = published(job, tmp_path / "pulled"), load_file(base / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in start.items()}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pulled")

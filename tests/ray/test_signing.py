@@ -46,6 +46,7 @@ def test_a_driver_without_a_key(job: JobSpec, tmp_path: Path) -> None:
     assert not list(Path(job.publish.catalog).glob("runs/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_without_a_key(job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cluster was started without it, and only this process has it now."""

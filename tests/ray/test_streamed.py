@@ -93,6 +93,7 @@ def test_an_epoch_is_all_of_it_and_the_record_counts_exactly(undisturbed: Any) -
     assert all(len(losses) == 2 for losses in due)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_changes_no_bit(
     undisturbed: Any, base: Path, two_sources: Path, tmp_path: Path
 ) -> None:

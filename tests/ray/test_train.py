@@ -112,6 +112,7 @@ class TestDone:
         reply = answer_prompt(job.publish.catalog, "capitals@candidate", "Name number 3.", max_new_tokens=4)
         assert isinstance(reply, str)
 
+    @pytest.mark.slow
     def test_another_run_has_the_same_bits(self, reference: Any, job: JobSpec, tmp_path: Path) -> None:
         train(job, tmp_path / "out")
         assert equal(reference[2], adapter(job.publish.catalog, "capitals", tmp_path / "pulled"))
@@ -128,6 +129,7 @@ class TestKilled:
         assert result["version"] == 1
         assert equal(reference[2], adapter(job.publish.catalog, "capitals", tmp_path / "pulled"))
 
+    @pytest.mark.slow
     def test_a_run_that_gave_up_goes_on_with_the_same_command(
         self, reference: Any, job: JobSpec, tmp_path: Path
     ) -> None:
@@ -174,9 +176,8 @@ class TestKilled:
 
 
 class TestMethods:
-    @pytest.mark.parametrize(
-        "optimizer", ["adamw_8bit", pytest.param("paged_adamw_32bit", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_32bit"])
     def test_four_bits(self, job: JobSpec, tmp_path: Path, optimizer: str) -> None:
         quick = changed(
             job,
