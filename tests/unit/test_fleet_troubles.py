@@ -21,6 +21,7 @@ from raytune_ft.fleet.events import JobDone, JobFailed, JobStarted, LaneLost, La
 from raytune_ft.fleet.intake import Preparing
 from raytune_ft.spec import FleetSpec
 from raytune_ft.spec.expand import expand
+from raytune_ft.train import uploads
 from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.lease import Holder, Lease
 from raytune_ft.train.recipe import Recipe
@@ -189,6 +190,8 @@ def test_a_store_that_stays_away_ends_the_lane_and_no_job(
     away = Away(float("inf"))
     make_fail(when, away, monkeypatch)
     monkeypatch.setattr(blame, "OUTAGE_S", 0.05)
+    # A checkpoint may be on its way, and the lane waits for it.
+    monkeypatch.setattr(uploads, "OUTAGE_S", 0.05)
     shop = shop_of(fleet(base, tmp_path, 2, slots=1), tmp_path)
     with pytest.raises(StorageError, match="no answer"):
         shop.lane().run()
