@@ -3,6 +3,7 @@
 import os
 import resource
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ os.environ |= {
 import boto3  # noqa: E402  after the environment is clean
 import pytest  # noqa: E402
 from botocore.config import Config  # noqa: E402
+from commands import Ended, Run  # noqa: E402
 from faultproxy import FaultProxy  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from servers import S3Server, ServerUnavailable, run_s3  # noqa: E402
@@ -104,3 +106,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `raytune-ft` with the given arguments in this process."""
+
+    def run_main(*arguments: object) -> Ended:
+        from raytune_ft.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["raytune-ft", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        # None is how a program says that all is well.
+        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run_main

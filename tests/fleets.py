@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raytune_ft.spec import LoraSpec, OptimizerSpec, ScheduleSpec
+from raytune_ft.methods import METHODS
+from raytune_ft.spec import FullSpec, LoraSpec, OptimizerSpec, ScheduleSpec
 from raytune_ft.train.bank import Bank, BankEngine
 from raytune_ft.train.batch import Arrangement, Continuations, Layout, Step, Tokens
-from raytune_ft.train.loop import StepReport, Trainee, train
+from raytune_ft.train.loop import StepReport, Trainee, fit, train
 from raytune_ft.train.schedule import learning_rate
 
 Weights = dict[str, Tensor]
@@ -140,3 +141,15 @@ def same_bits(one: Found, other: Found) -> bool:
         and all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
         and one.curve() == other.curve()
     )
+
+
+def train_alone(
+    model: PreTrainedModel, method: LoraSpec | FullSpec, steps: Sequence[Step], *, learning_rate: float
+) -> tuple[BankEngine, list[StepReport]]:
+    """A job by itself, of any kind of model, at one rate; its engine and the reports of its steps."""
+    model.requires_grad_(False)
+    parameters = METHODS[type(method)].add(model, method, 0)
+    bank = BankEngine(Bank(model), parameters, OptimizerSpec(learning_rate=learning_rate))
+    reports: list[StepReport] = []
+    fit(bank, steps, start=0, learning_rate=lambda _: learning_rate, report=reports.append)
+    return bank, reports

@@ -9,7 +9,6 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from raytune_ft.errors import OutOfMemory, TrainingError
@@ -117,9 +116,7 @@ class Floor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         for seat in self._seats.values():
             seat.open.close()
             self._resident.leave(seat.bench)

@@ -4,7 +4,6 @@ import gc
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import pytest
 import tiny
 import torch
 from fleets import Found, Plan, run_alone, run_together
-from torch import Tensor
 from transformers import PreTrainedModel
+from updates import grouped, one_by_one
 
 from raytune_ft.errors import Diverged
 from raytune_ft.methods.dropout import dropped, feature_keys, module_seed, token_keys
-from raytune_ft.methods.grouped import Groups, grouped_update, serves
+from raytune_ft.methods.grouped import serves
 from raytune_ft.models import load_base
 from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
 from raytune_ft.train.bank import Bank, BankEngine
@@ -49,30 +48,6 @@ def load(folder: Path, bits: int) -> PreTrainedModel:
     return load_base(ModelSpec.model_validate({"path": str(folder), "weight_bits": bits}), device=CUDA)
 
 
-def exact(
-    x_ND: Tensor,
-    y_NO: Tensor,
-    stops: Sequence[int],
-    scales: Sequence[float],
-    pairs: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
-    pieces = []
-    for start, stop, scale, pair in zip((0, *stops), stops, scales, pairs, strict=False):
-        update = 0 if pair is None else x_ND[start:stop] @ pair[0].t() * scale @ pair[1].t()
-        pieces.append(y_NO[start:stop] + update)
-    return torch.cat(pieces)
-
-
-def grouped(
-    x_ND: Tensor,
-    y_NO: Tensor,
-    stops: Sequence[int],
-    scales: Sequence[float],
-    pairs: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
-    return grouped_update(x_ND, y_NO, Groups.of(stops, scales, x_ND.device), pairs)
-
-
 @pytest.mark.parametrize(
     ("sizes", "ranks"),
     [
@@ -97,7 +72,7 @@ def test_the_grouped_update_equals_exact_products(sizes: list[int], ranks: list[
         for r in ranks
     ]
     found = []
-    for update, dtype in ((exact, torch.float64), (grouped, torch.bfloat16)):
+    for update, dtype in ((one_by_one, torch.float64), (grouped, torch.bfloat16)):
         x, y = x_ND.to(dtype).requires_grad_(), y_NO.to(dtype).requires_grad_()
         wide = dtype if dtype == torch.float64 else torch.float32
         given = [pair and tuple(w.to(wide).clone().requires_grad_() for w in pair) for pair in pairs]

@@ -1,34 +1,22 @@
 """`raytune-ft fleet` on a real cluster: what it prints and keeps, how it ends, and how it goes on."""
 
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Run
 from html_page import Page
-
-from raytune_ft.cli import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `raytune-ft fleet`; exit code, standard output and standard error."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["raytune-ft", "fleet", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capfd.readouterr())
-
-    return run_main
+def run(run: Run) -> Run:
+    """Runs `raytune-ft fleet`."""
+    return partial(run, "fleet")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+from fleets import train_alone
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification
 
 from raytune_ft.data.cache import cache_key
@@ -62,12 +63,7 @@ def steps(count: int, how: Layout) -> list[Step]:
 def trained(
     model: BertForSequenceClassification, method: LoraSpec | FullSpec, how: Layout, count: int = 6
 ) -> tuple[BankEngine, list[StepReport]]:
-    model.requires_grad_(False)
-    parameters = METHODS[type(method)].add(model, method, 0)
-    bank = BankEngine(Bank(model), parameters, OptimizerSpec(learning_rate=RATE))
-    reports: list[StepReport] = []
-    fit(bank, steps(count, how), start=0, learning_rate=lambda _: RATE, report=reports.append)
-    return bank, reports
+    return train_alone(model, method, steps(count, how), learning_rate=RATE)
 
 
 def as_transformers_takes(chosen: Sequence[Tokens]) -> dict[str, torch.Tensor]:

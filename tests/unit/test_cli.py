@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import stores
 import tiny
 import yaml
+from commands import Ended, Run
 
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.cli import main
@@ -33,33 +32,6 @@ COMMANDS = [
     ("catalog", "show"),
     ("catalog", "pull"),
 ]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `raytune-ft` with the given arguments in this process."""
-
-    def run_main(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["raytune-ft", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        # None is how a program says that all is well.
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run_main
 
 
 @pytest.fixture(scope="module")

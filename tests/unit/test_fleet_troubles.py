@@ -253,23 +253,31 @@ class Panic(BaseException):
     """What libraries written in Rust raise."""
 
 
-def test_a_panic_while_a_job_is_prepared_fails_that_job(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def first_fails(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str
 ) -> None:
+    """Of two jobs the first meets an error while it is prepared: it alone fails, with the reason."""
     prepare = Preparing.prepare
 
-    def panics(preparing: Preparing, order: Any) -> Any:
+    def fails(preparing: Preparing, order: Any) -> Any:
         if order.job.name == "job-0":
-            raise Panic("index out of bounds")
+            raise error
         return prepare(preparing, order)
 
-    monkeypatch.setattr(Preparing, "prepare", panics)
+    monkeypatch.setattr(Preparing, "prepare", fails)
     shop = shop_of(fleet(base, tmp_path, 2, slots=2), tmp_path)
     shop.run()
     (failed,) = of(shop, JobFailed)
-    assert (failed.job, failed.reason) == ("job-0", "the job failed: Panic: index out of bounds")
+    assert (failed.job, failed.reason) == ("job-0", reason)
     assert [event.job for event in of(shop, JobDone)] == ["job-1"]
     shop.close()
+
+
+def test_a_panic_while_a_job_is_prepared_fails_that_job(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "the job failed: Panic: index out of bounds"
+    first_fails(base, tmp_path, monkeypatch, Panic("index out of bounds"), reason)
 
 
 def test_a_panic_while_data_is_read_fails_that_job(
@@ -389,17 +397,5 @@ def test_a_lane_that_has_to_go_seats_nobody_and_says_so_at_once(
 def test_what_a_store_that_answers_has_against_one_job_fails_that_job(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = Preparing.prepare
-
-    def damaged(preparing: Preparing, order: Any) -> Any:
-        if order.job.name == "job-0":
-            raise StorageError("job-0: its list of checkpoints is cut off")
-        return prepare(preparing, order)
-
-    monkeypatch.setattr(Preparing, "prepare", damaged)
-    shop = shop_of(fleet(base, tmp_path, 2, slots=2), tmp_path)
-    shop.run()
-    (failed,) = of(shop, JobFailed)
-    assert (failed.job, failed.reason) == ("job-0", "job-0: its list of checkpoints is cut off")
-    assert [event.job for event in of(shop, JobDone)] == ["job-1"]
-    shop.close()
+    reason = "job-0: its list of checkpoints is cut off"
+    first_fails(base, tmp_path, monkeypatch, StorageError(reason), reason)

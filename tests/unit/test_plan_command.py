@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Run
 
-from raytune_ft.cli import main
 from raytune_ft.cli.plan import parse_size
 from raytune_ft.errors import SpecError
 
@@ -25,7 +25,6 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 STATES = ("weights", "gradients", "optimizer")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -47,16 +46,9 @@ def job_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(job_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `raytune-ft plan` on the job; exit code, standard output and standard error."""
-
-    def run_main(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["raytune-ft", "plan", str(job_file), *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capfd.readouterr())
-
-    return run_main
+def run(run: Run, job_file: Path) -> Run:
+    """Runs `raytune-ft plan` on the job."""
+    return partial(run, "plan", job_file)
 
 
 def as_json(output: str) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Run
 
 from raytune_ft.cli import main
 from raytune_ft.fleet.work import BYTES_PER_TOKEN
@@ -25,7 +26,6 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SIZES = {"active_to_passive": 40_000, "diff": 10_000, "negation": 20_000, "sum": 10_000}
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -61,16 +61,9 @@ def fleet_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(fleet_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `raytune-ft plan` on the fleet; exit code, standard output and standard error."""
-
-    def run_main(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["raytune-ft", "plan", str(fleet_file), *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capfd.readouterr())
-
-    return run_main
+def run(run: Run, fleet_file: Path) -> Run:
+    """Runs `raytune-ft plan` on the fleet."""
+    return partial(run, "plan", fleet_file)
 
 
 def as_json(output: str) -> dict[str, Any]:

@@ -1,17 +1,15 @@
 """Each token goes through its own job's update."""
 
-from collections.abc import Sequence
-
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from updates import grouped, one_by_one
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import token_keys
-from raytune_ft.methods.grouped import Groups, grouped_update
 from raytune_ft.methods.lora import LoraLinear, add_lora, linear_modules, remove_lora
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.spec import LoraSpec
@@ -125,30 +123,6 @@ class TestLayers:
         first = add_lora(model, SPECS[1], 0, 0)
         assert list(linear_modules(model)) == before
         assert list(add_lora(model, SPECS[1], 0, 1)) == list(first)
-
-
-def one_by_one(
-    x_ND: Tensor,
-    y_NO: Tensor,
-    stops: Sequence[int],
-    scales: Sequence[float],
-    weights: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
-    pieces = []
-    for start, stop, scale, pair in zip((0, *stops), stops, scales, weights, strict=False):
-        update = 0 if pair is None else x_ND[start:stop] @ pair[0].t() * scale @ pair[1].t()
-        pieces.append(y_NO[start:stop] + update)
-    return torch.cat(pieces)
-
-
-def grouped(
-    x_ND: Tensor,
-    y_NO: Tensor,
-    stops: Sequence[int],
-    scales: Sequence[float],
-    weights: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
-    return grouped_update(x_ND, y_NO, Groups.of(stops, scales, x_ND.device), weights)
 
 
 @pytest.mark.parametrize("ranks", [[4], [1, 8, 3], [16, None, 2], [None, 5]], ids=str)

@@ -9,6 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
+from fleets import train_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, T5ForConditionalGeneration
@@ -58,12 +59,7 @@ def steps(count: int, how: Layout) -> list[Step]:
 def trained(
     model: T5ForConditionalGeneration, method: LoraSpec | FullSpec, how: Layout, count: int = 6
 ) -> tuple[BankEngine, list[StepReport]]:
-    model.requires_grad_(False)
-    parameters = METHODS[type(method)].add(model, method, 0)
-    bank = BankEngine(Bank(model), parameters, OptimizerSpec(learning_rate=RATE))
-    reports: list[StepReport] = []
-    fit(bank, steps(count, how), start=0, learning_rate=lambda _: RATE, report=reports.append)
-    return bank, reports
+    return train_alone(model, method, steps(count, how), learning_rate=RATE)
 
 
 def as_transformers_takes(chosen: Sequence[Tokens]) -> dict[str, torch.Tensor]:
