@@ -20,10 +20,11 @@ from raytune_ft.data.examples import decode
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.data.mixture import SourceShape
 from raytune_ft.data.order import Course, plan_course
-from raytune_ft.data.prepare import divide_all, prepare
+from raytune_ft.data.prepare import prepare
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import list_objects
 from raytune_ft.data.stream import stream_windows
+from raytune_ft.data.survey import divide_all
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.batch import Layout

@@ -12,7 +12,7 @@ import yaml
 
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
-from raytune_ft.spec.job import OTHER_TASKS
+from raytune_ft.spec.scores import OTHER_TASKS
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import FullSpec, LoraSpec, OptimizerSpec, ScheduleSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Arrangement, Continuations, Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, Trainee, fit, train
 from raytune_ft.train.schedule import learning_rate

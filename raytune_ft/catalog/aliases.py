@@ -8,7 +8,7 @@ from raytune_ft.catalog.lookup import AliasEntry, CatalogView
 from raytune_ft.catalog.removal import restore_promoted
 from raytune_ft.catalog.who import who
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.spec.values import NAME, VERSION
 
 
 def move_alias(

@@ -15,7 +15,7 @@ from raytune_ft.catalog.publish import Catalog, check_signed
 from raytune_ft.catalog.record import AdapterRecord, Origin, RecordDraft
 from raytune_ft.catalog.signing import Signer, Trust
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.values import NAME
 
 _OWN_OF_EACH_CATALOG = {"version", "created_at", "signature", "origin"}
 """Fields in which a copy differs from its original."""

@@ -9,7 +9,7 @@ from typing import Any
 from raytune_ft.catalog.lookup import CatalogView
 from raytune_ft.catalog.record import AdapterRecord
 from raytune_ft.errors import SpecError
-from raytune_ft.spec.job import BOUND, FORGETTING
+from raytune_ft.spec.scores import BOUND, FORGETTING
 
 _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from raytune_ft.catalog.layout import numbers
-from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.spec.values import NAME, VERSION
 from raytune_ft.storage import ObjectInfo
 
 _SETTLED = re.compile(r"[0-9a-f]{64}\.json")

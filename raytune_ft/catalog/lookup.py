@@ -28,7 +28,7 @@ from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, Fi
 from raytune_ft.catalog.signing import Trust
 from raytune_ft.catalog.who import WHO_CHARACTERS
 from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME, VERSION, Name
+from raytune_ft.spec.values import NAME, VERSION, Name
 from raytune_ft.storage import Storage, disk_errors, join_uri
 
 REASON_CHARACTERS = 500

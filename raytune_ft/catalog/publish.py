@@ -23,7 +23,7 @@ from raytune_ft.catalog.record import (
 )
 from raytune_ft.catalog.signing import Signer, fingerprint, is_valid, signed_bytes
 from raytune_ft.errors import CatalogError, StorageError
-from raytune_ft.spec.job import Name
+from raytune_ft.spec.values import Name
 from raytune_ft.storage import conditional_writes_hold, disk_errors, join_uri, open_storage
 
 

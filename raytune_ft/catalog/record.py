@@ -17,7 +17,7 @@ from pydantic import (
 
 from raytune_ft.catalog.layout import numbered, versions_prefix
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME, VERSION, Name
+from raytune_ft.spec.values import NAME, VERSION, Name
 from raytune_ft.storage import join_uri
 
 SCHEMA_VERSION = 1

@@ -24,7 +24,7 @@ from raytune_ft.catalog.lookup import REASON_CHARACTERS, CatalogView, Removal
 from raytune_ft.catalog.record import AdapterRecord, Entry, UtcTime
 from raytune_ft.catalog.who import who
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME, VERSION
+from raytune_ft.spec.values import NAME, VERSION
 from raytune_ft.storage import join_uri
 
 End = Literal["restored", "swept"]

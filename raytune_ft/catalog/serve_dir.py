@@ -27,7 +27,7 @@ from raytune_ft.catalog.lookup import CatalogView
 from raytune_ft.catalog.record import MAX_RECORD_BYTES, AdapterRecord, Entry, FileEntry, Sha256
 from raytune_ft.catalog.signing import Trust, signed_bytes
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.values import NAME
 from raytune_ft.storage import ObjectInfo, Storage, disk_errors, join_uri
 
 CONFIG = "adapter_config.json"

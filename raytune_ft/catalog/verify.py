@@ -16,7 +16,7 @@ from raytune_ft.catalog.record import AdapterRecord, FileEntry
 from raytune_ft.catalog.signing import Trust, fingerprint
 from raytune_ft.catalog.weights import LENGTH_BYTES, header_problem, length_problem
 from raytune_ft.errors import CatalogError, StorageMissing
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.values import NAME
 from raytune_ft.storage import Storage, join_uri
 
 _READERS = 8

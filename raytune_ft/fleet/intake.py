@@ -11,7 +11,8 @@ from typing import Self
 
 from raytune_ft.catalog import Signer
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.prepare import prepare, read_other_tasks
+from raytune_ft.data.other_tasks import read_other_tasks
+from raytune_ft.data.prepare import prepare
 from raytune_ft.errors import BadInput, DataError, TrainingError
 from raytune_ft.fleet.attendance import Attendance, LaneUnfit
 from raytune_ft.fleet.blame import Blame

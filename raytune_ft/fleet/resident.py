@@ -14,7 +14,8 @@ from raytune_ft.fleet.placement import Group
 from raytune_ft.models import base_digest, base_identity, load_base, load_tokenizer, model_folder
 from raytune_ft.planner import Choice, Lane, choose, choose_lane, lane_memory
 from raytune_ft.spec import JobSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.placement import Placement
 from raytune_ft.train.probe import can_share_passes, check_isolation

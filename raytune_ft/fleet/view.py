@@ -26,7 +26,7 @@ from raytune_ft.fleet.events import (
     Progress,
 )
 from raytune_ft.report import duration_text, scale_for
-from raytune_ft.spec.job import OTHER_TASKS
+from raytune_ft.spec.scores import OTHER_TASKS
 
 State = Literal["queued", "running", "done", "failed"]
 STATES: tuple[State, ...] = ("running", "queued", "done", "failed")

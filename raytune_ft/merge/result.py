@@ -16,7 +16,7 @@ from raytune_ft.catalog.removal import is_swept
 from raytune_ft.errors import CatalogError
 from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import JobSpec
-from raytune_ft.spec.job import NAME
+from raytune_ft.spec.values import NAME
 
 
 def check_names(name: str, alias: str | None) -> None:

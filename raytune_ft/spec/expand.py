@@ -8,7 +8,8 @@ from typing import Any
 
 from raytune_ft.errors import SpecError
 from raytune_ft.spec.fleet import PLACEHOLDER, FleetSpec, ForEachSpec
-from raytune_ft.spec.job import FullSpec, JobSpec, LoraSpec
+from raytune_ft.spec.job import JobSpec
+from raytune_ft.spec.method import FullSpec, LoraSpec
 from raytune_ft.spec.problems import message
 from raytune_ft.spec.read import check_job
 

@@ -6,56 +6,22 @@ beside an adapter says exactly what its author wrote, plus the defaults.
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-"""Job, adapter and alias names: they become keys, folders and submission ids."""
-
-VERSION = re.compile(r"v([0-9]+)")
-"""How a reference names a version: `summarise@v3`. No alias may look like it."""
-
-BOUND = re.compile(r"(>=|<=|>|<)[ ]*([+-]?(?:[0-9]+[.]?[0-9]*|[.][0-9]+)(?:[eE][+-]?[0-9]+)?)")
-"""What a gate asks of a score: `>= 0.8`."""
-
-SUPPORTED_SCHEMES = ("file", "s3")
-
-
-def _check_name(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', and begin and end with a letter or digit")
-    return name
-
-
-def _check_alias(alias: str) -> str:
-    if VERSION.fullmatch(alias):
-        raise ValueError("means a version; use a word such as candidate")
-    return alias
-
-
-def _check_layers(layers: str) -> str:
-    if not re.fullmatch(r"last-[1-9][0-9]{0,3}", layers):
-        raise ValueError("must be last- and a number of layers from 1 to 9999, such as last-4")
-    return layers
+from raytune_ft.spec.data import DataSpec
+from raytune_ft.spec.method import FullSpec, LoraSpec, MethodSpec
+from raytune_ft.spec.scores import FORGETTING, OTHER_TASKS, SCORES, TOKEN_LOSS, EvaluateSpec, PublishSpec
+from raytune_ft.spec.values import Fraction, Location, Name, Section
 
 
 def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -67,65 +33,6 @@ def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"names '{twice[0]:.60}' twice; name each class once")
     return labels
-
-
-def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is no regular expression: {error}") from None
-    return pattern
-
-
-def _check_gate(gate: Any) -> Any:
-    """All at once, and by hand, so that a message names the score that has the bad bound."""
-    if gate is None:
-        return None
-    if not isinstance(gate, dict) or not gate:
-        raise ValueError("must be a mapping with at least one bound, such as {exact_match: '>= 0.8'}")
-    bad = [f"{name} = {bound!r:.60}" for name, bound in gate.items() if not _is_bound(bound)]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: must be >=, <=, > or < and a number, in quotes: '>= 0.8'")
-    return gate
-
-
-def _is_bound(bound: Any) -> bool:
-    found = BOUND.fullmatch(bound) if isinstance(bound, str) else None
-    return found is not None and math.isfinite(float(found[2]))
-
-
-def _check_location(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    if not uri.strip():
-        raise ValueError("must not be empty")
-    if not separator:
-        return uri
-    # The rest of such a uri may hold a password or a signed query, so it is not repeated.
-    if scheme not in SUPPORTED_SCHEMES:
-        raise PydanticCustomError(
-            "secret", f"scheme '{scheme[:20]}' is not supported; use a folder, file:// or s3://"
-        )
-    if "@" in rest.partition("/")[0]:
-        raise PydanticCustomError(
-            "secret", "holds credentials; remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    return uri
-
-
-Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
-Location = Annotated[
-    str, AfterValidator(_check_location), Field(json_schema_extra={"format": "uri-reference"})
-]
-"""A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded."""
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
-"""A regular expression."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -145,150 +52,6 @@ class ModelSpec(Section):
     answers with text."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
-
-
-class FieldsSpec(Section):
-    """Which columns hold what, where the names differ from the usual ones. Dotted paths reach inside."""
-
-    prompt: str | None = None
-    completion: str | None = None
-    system: str | None = None
-    messages: str | None = None
-    text: str | None = None
-
-
-class RecordsSpec(Section):
-    """Where records stand, and how they are read."""
-
-    uri: Location
-    """A file, a folder or a glob such as `s3://datasets/tasks/*.json`."""
-    template: str = "auto"
-    """How a record becomes text: a name (`raytune-ft data --templates` lists them), `chat` for the
-    tokenizer's own chat template, inline Jinja2, or `auto` by the record's shape."""
-    format: Literal["auto", "jsonl", "json", "natural-instructions", "csv", "parquet", "arrow"] = "auto"
-    """`auto` finds it by content."""
-    fields: FieldsSpec = FieldsSpec()
-
-
-class SourceSpec(RecordsSpec):
-    weight: PositiveFloat = 1.0
-    """Each epoch takes `weight` × the source's examples: 0.5 half of them, 2.0 each of them twice."""
-
-
-class MixtureSpec(Section):
-    """How much of each source an epoch takes: weight × min(examples, cap) ^ (1 / temperature), which at the
-    defaults is each example once (Raffel et al. 2020, section 3.5.2; Longpre et al. 2023)."""
-
-    cap: PositiveInt | None = None
-    """Count no more than this many examples of a source; null: all of them."""
-    temperature: Annotated[float, Field(ge=1.0)] = 1.0
-    """Above 1, small sources are seen more often and large ones less, for the same length of an epoch."""
-    stop: Literal["quota", "first_exhausted", "all_exhausted", "steps"] = "quota"
-    """Where an epoch ends. `quota`: when each source has given its share; `first_exhausted`: when the first
-    source has been seen once; `all_exhausted`: when all have, the others again; `steps`: never, so that
-    `schedule.steps` decides."""
-
-
-class SplitSpec(Section):
-    """Fractions by a hash of each example's input: equal inputs never stand on both sides."""
-
-    validation: Fraction = 0.05
-    test: Fraction = 0.1
-
-    @model_validator(mode="after")
-    def _leaves_training_data(self) -> "SplitSpec":
-        if self.validation + self.test >= 1.0:
-            raise ValueError(
-                f"validation + test = {self.validation + self.test:g} leaves no training data; the limit is 1"
-            )
-        return self
-
-
-class DataSpec(Section):
-    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
-    mixture: MixtureSpec = MixtureSpec()
-    split: SplitSpec = SplitSpec()
-    max_tokens: Annotated[int, Field(ge=8)] = 512
-    """Longest example, and longest packed row, in tokens."""
-    too_long: Literal["drop", "cut"] = "drop"
-    """What happens to an example above `max_tokens`: dropped, or its prompt cut from the left so that all
-    learned tokens stay (dropped where they alone do not fit). Both are counted."""
-    packing: bool = True
-    """Pack the examples of a step into shared rows. Attention never crosses an example, so the result is
-    the same to rounding; only padding goes."""
-    max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """More malformed records than this stop the job before any training."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Order of the data, initial adapter weights and dropout."""
-
-
-class LoraSpec(Section):
-    kind: Literal["lora"] = "lora"
-    shares_batch: ClassVar[bool] = True
-    """Examples of several jobs may go through the base together, each token with its own job's update."""
-    rank: PositiveInt = 16
-    """Rank r of the update B·A (Hu et al. 2021)."""
-    alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Probability of zeroing an input of A."""
-    targets: Literal["all-linear", "attention"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "all-linear"
-    )
-    """Modules with an update: all linear layers but the head, the attention projections, or name suffixes."""
-
-
-class TrainOnlySpec(Section):
-    """Which weights are trained, in one of three ways; the others stay those of the base."""
-
-    layers: Annotated[str, AfterValidator(_check_layers)] | None = None
-    """`last-4`: the last four layers, and what stands after them: the final norm, and a head of its own."""
-    patterns: (
-        Annotated[tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(min_length=1)] | None
-    ) = None
-    """Regular expressions; a weight is trained where one of them is found in its name."""
-    biases: bool = False
-    """All biases, and nothing else (BitFit, Ben Zaken et al. 2022)."""
-
-    @property
-    def last_layers(self) -> int | None:
-        """How many of the last layers; None where they are chosen otherwise."""
-        return None if self.layers is None else int(self.layers.removeprefix("last-"))
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "TrainOnlySpec":
-        if sum((self.layers is not None, self.patterns is not None, self.biases)) != 1:
-            raise ValueError("give one of layers: last-4, patterns: [...] and biases: true")
-        return self
-
-
-class UnfreezeSpec(Section):
-    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the last layer first, then the next."""
-
-    every_steps: PositiveInt
-    """Optimizer steps until the next layer down is trained too."""
-
-
-class FullSpec(Section):
-    kind: Literal["full"] = "full"
-    shares_batch: ClassVar[bool] = False
-    train_only: TrainOnlySpec | None = None
-    """Train some of the weights; null: all. The published model is whole in any case."""
-    unfreeze: UnfreezeSpec | None = None
-    """Begin with the last layer alone; null: train all from the first step."""
-
-
-def _method_kind(value: Any) -> Any:
-    """`kind` may be left out: it is lora by default, like every other field."""
-    if isinstance(value, dict):
-        return value.get("kind", LoraSpec.model_fields["kind"].default)
-    return getattr(value, "kind", None)
-
-
-MethodSpec = Annotated[
-    Annotated[LoraSpec, Tag("lora")] | Annotated[FullSpec, Tag("full")],
-    Discriminator(_method_kind),
-]
 
 
 class OptimizerSpec(Section):
@@ -381,59 +144,6 @@ class CheckpointSpec(Section):
     """So many stay: the newest, or those that `keep_best` chooses."""
     keep_best: bool = False
     """Keep those with the lowest validation loss, and the last one beside them."""
-
-
-Metric = Literal["exact_match", "rouge", "bleu", "chrf"]
-
-SCORES: Mapping[Metric, tuple[str, ...]] = MappingProxyType(
-    {
-        "exact_match": ("exact_match",),
-        "rouge": ("rouge1", "rouge2", "rougeL"),
-        "bleu": ("bleu",),
-        "chrf": ("chrf",),
-    }
-)
-"""The scores that each metric gives."""
-
-TOKEN_LOSS = "token_loss"  # noqa: S105  a score, no secret
-FORGETTING = "forgetting"
-OTHER_TASKS = "other_tasks/"
-"""Begins the names of the scores that are measured for `evaluate.forgetting`."""
-
-
-class ForgettingSpec(Section):
-    sources: Annotated[tuple[RecordsSpec, ...], Field(min_length=1)]
-    """Examples of tasks that are not trained on. None is trained on, whatever `data.split` says."""
-    max_examples: PositiveInt = 200
-
-
-class EvaluateSpec(Section):
-    metrics: tuple[Metric, ...] = ("exact_match", "rouge", "bleu")
-    """Measured on the test split before and after; empty: no evaluation."""
-    max_examples: PositiveInt = 200
-    max_new_tokens: PositiveInt = 32
-    batch_sequences: PositiveInt = 32
-    """Prompts that are answered at once."""
-    forgetting: ForgettingSpec | None = None
-    """Measure how much worse the model becomes at other tasks; null: do not."""
-
-
-class PublishSpec(Section):
-    catalog: Location
-    adapter: Name | None = None
-    """Name in the catalog; the job's name where not given."""
-    alias: Annotated[Name, AfterValidator(_check_alias)] | None = "candidate"
-    """Alias that moves to the new version; null: none."""
-    sign: bool = False
-    """Sign the record with the ed25519 key that `RAYTUNE_SIGNING_KEY` holds on the driver and the workers."""
-    gate: Annotated[dict[str, str] | None, BeforeValidator(_check_gate)] = None
-    """What the scores must be for the alias to move, such as `{exact_match: ">= 0.8"}`; null: anything."""
-
-    @model_validator(mode="after")
-    def _gate_has_an_alias(self) -> "PublishSpec":
-        if self.gate is not None and self.alias is None:
-            raise ValueError("gate holds back an alias, and alias is null; name one, or remove gate")
-        return self
 
 
 class JobSpec(Section):

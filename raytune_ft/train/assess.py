@@ -9,7 +9,7 @@ from raytune_ft.errors import Diverged
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.evaluate.scores import score
 from raytune_ft.spec import EvaluateSpec
-from raytune_ft.spec.job import OTHER_TASKS, TOKEN_LOSS
+from raytune_ft.spec.scores import OTHER_TASKS, TOKEN_LOSS
 from raytune_ft.train.batch import Layout, Tokens
 from raytune_ft.train.engine import Engine
 from raytune_ft.train.examples import Examples

@@ -12,8 +12,10 @@ import ray.exceptions
 
 from raytune_ft.data.counts import DataCounts
 from raytune_ft.data.order import Course, plan_course
-from raytune_ft.data.prepare import Kept, OtherTasks, PreparedData
+from raytune_ft.data.other_tasks import OtherTasks
+from raytune_ft.data.prepare import PreparedData
 from raytune_ft.data.reader import WindowReader
+from raytune_ft.data.survey import Kept
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.spec import JobSpec

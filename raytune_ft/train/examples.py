@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytune_ft.data.prepare import spread
+from raytune_ft.data.survey import spread
 from raytune_ft.data.tokenise import answer_start
 from raytune_ft.train.batch import Tokens
 

@@ -13,8 +13,8 @@ import ray.exceptions
 import ray.train.collective
 
 from raytune_ft.data.examples import TokenisedWindow, decode
-from raytune_ft.data.prepare import content_of
 from raytune_ft.data.stream import stream_windows
+from raytune_ft.data.survey import content_of
 from raytune_ft.errors import RaytuneError
 from raytune_ft.train.assignment import TrainingData
 from raytune_ft.train.steps import OpenWindows

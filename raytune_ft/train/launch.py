@@ -25,7 +25,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
 from raytune_ft.data.formats import BadRecord
-from raytune_ft.data.prepare import list_other_tasks, prepare, read_other_tasks, write_quarantine
+from raytune_ft.data.other_tasks import list_other_tasks, read_other_tasks
+from raytune_ft.data.prepare import prepare, write_quarantine
 from raytune_ft.data.sources import fingerprint, list_objects
 from raytune_ft.errors import RaytuneError, SpecError
 from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts

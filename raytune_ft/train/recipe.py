@@ -10,10 +10,10 @@ from raytune_ft.catalog import AdapterRecord, Signer
 from raytune_ft.data.counts import Counts
 from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.ledger import Ledger
-from raytune_ft.data.prepare import content_of
+from raytune_ft.data.survey import content_of
 from raytune_ft.models import Task, task_of
 from raytune_ft.spec import EvaluateSpec, JobSpec
-from raytune_ft.spec.job import OTHER_TASKS
+from raytune_ft.spec.scores import OTHER_TASKS
 from raytune_ft.train.assess import Assessment, assess, split_loss
 from raytune_ft.train.assignment import Assignment, TrainingData
 from raytune_ft.train.batch import Layout, Step

@@ -14,7 +14,8 @@ from raytune_ft.models import base_digest, load_base, load_tokenizer, model_fold
 from raytune_ft.planner import Choice, choose, trainable_parameters
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout
 from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.forward import arrangement_of

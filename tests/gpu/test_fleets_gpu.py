@@ -19,7 +19,8 @@ from raytune_ft.methods.dropout import dropped, feature_keys, module_seed, token
 from raytune_ft.methods.grouped import serves
 from raytune_ft.models import load_base
 from raytune_ft.spec import LoraSpec, ModelSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Continuations, Step
 from raytune_ft.train.loop import fit
 from raytune_ft.train.probe import can_share_passes

@@ -13,7 +13,8 @@ from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import ModelFacts, memory_plan
 from raytune_ft.spec import ClusterSpec, FullSpec, LoraSpec, ModelSpec, OptimizerSpec, parse_job
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.devices import own_smallest_gpu_bytes
 from raytune_ft.train.loop import StepReport, fit

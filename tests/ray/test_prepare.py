@@ -8,15 +8,16 @@ import pytest
 import ray
 import tiny
 
-import raytune_ft.data.prepare as prepare_module
+import raytune_ft.data.survey as survey_module
 from raytune_ft.cli.data import data_command
 from raytune_ft.data.counts import Survey, check_counts
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode, tokenise_window
 from raytune_ft.data.index import divide
 from raytune_ft.data.order import window_order
-from raytune_ft.data.prepare import PreparedData, prepare, surveyed
+from raytune_ft.data.prepare import PreparedData, prepare
 from raytune_ft.data.sources import fingerprint, list_objects
+from raytune_ft.data.survey import surveyed
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError
 from raytune_ft.spec import JobSpec, parse_job
@@ -28,7 +29,7 @@ TOKENIZER = tiny.tokenizer()
 
 @pytest.fixture(autouse=True, params=[16, 0], ids=["read by this process", "read by tasks"])
 def _read_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "_READ_HERE", request.param)
+    monkeypatch.setattr(survey_module, "_READ_HERE", request.param)
 
 
 def job(folder: Path, *sources: dict[str, Any], **data: Any) -> JobSpec:
@@ -97,8 +98,8 @@ def test_survey_of_small_data_is_all_of_it(tmp_path: Path, monkeypatch: pytest.M
 
 def test_survey_of_large_data_is_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raytune_ft.data.index.WINDOW_BYTES", 2000)
-    monkeypatch.setattr(prepare_module, "SURVEY_BYTES", 10_000)
-    monkeypatch.setattr(prepare_module, "SAMPLE_BYTES", 16_000)
+    monkeypatch.setattr(survey_module, "SURVEY_BYTES", 10_000)
+    monkeypatch.setattr(survey_module, "SAMPLE_BYTES", 16_000)
     large = write(tmp_path, "large.jsonl", pairs(4000, "large"))
     small = write(tmp_path, "small.jsonl", pairs(100, "small"))
     prepared = prepare(job(tmp_path, {"uri": large}, {"uri": small}), tokenizer=TOKENIZER)

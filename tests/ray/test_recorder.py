@@ -21,7 +21,8 @@ from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.spec import LoraSpec, OptimizerSpec
 from raytune_ft.storage import open_storage
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.checkpoint import Position, read_position
 from raytune_ft.train.loop import fit

@@ -10,8 +10,8 @@ from conftest import kill_once_kept, make_job  # type: ignore[import-not-found] 
 from safetensors.torch import load_file
 
 import raytune_ft.data.index
-import raytune_ft.data.prepare
 import raytune_ft.data.stream
+import raytune_ft.data.survey
 from raytune_ft.catalog import Catalog
 from raytune_ft.errors import DataError
 from raytune_ft.spec import JobSpec
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster", "small_windows
 
 
 def stream_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(raytune_ft.data.prepare, "SURVEY_BYTES", 0)
-    patch.setattr(raytune_ft.data.prepare, "SAMPLE_BYTES", 6000)
+    patch.setattr(raytune_ft.data.survey, "SURVEY_BYTES", 0)
+    patch.setattr(raytune_ft.data.survey, "SAMPLE_BYTES", 6000)
     patch.setattr(raytune_ft.data.index, "WINDOW_BYTES", 1500)
     patch.setattr(raytune_ft.data.stream, "WINDOW_BYTES", 1500)
 

@@ -25,7 +25,8 @@ from raytune_ft.methods.lora import add_lora, save_lora
 from raytune_ft.models import load_base
 from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Classes, Layout, Pairs, Step
 from raytune_ft.train.loop import fit, mean_loss
 from raytune_ft.train.probe import can_share_passes

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from raytune_ft.errors import DataError, OutOfMemory
 from raytune_ft.methods.lora import LoraLinear, save_lora
 from raytune_ft.spec import LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step
 from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.loop import Trainee, mean_loss, train

@@ -13,7 +13,8 @@ from raytune_ft.errors import DataError, ModelError
 from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.spec import JobSpec, LoraSpec, OptimizerSpec, parse_job
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.checkpoint import (
     SCHEMA_VERSION,
     Position,

@@ -27,7 +27,8 @@ from raytune_ft.methods import METHODS
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
 from raytune_ft.models import head_paths, load_base, load_tokenizer
 from raytune_ft.spec import DataSpec, FullSpec, LoraSpec, ModelSpec, OptimizerSpec, parse_job
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Classes, Layout, Step, Tokens
 from raytune_ft.train.forward import ClassOf, arrangement_of
 from raytune_ft.train.loop import StepReport, fit

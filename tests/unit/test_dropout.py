@@ -15,7 +15,8 @@ from raytune_ft.methods import METHODS
 from raytune_ft.methods.dropout import dropped, feature_keys, module_seed, token_keys
 from raytune_ft.methods.lora import Adapter
 from raytune_ft.spec import LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Arrangement, Classes, Continuations, Layout, Pairs, Step, Tokens
 from raytune_ft.train.loop import fit
 

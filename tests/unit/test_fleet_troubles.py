@@ -22,7 +22,8 @@ from raytune_ft.fleet.intake import Preparing
 from raytune_ft.spec import FleetSpec
 from raytune_ft.spec.expand import expand
 from raytune_ft.train import uploads
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.lease import Holder, Lease
 from raytune_ft.train.recipe import Recipe
 from raytune_ft.train.run import Run

@@ -22,7 +22,8 @@ from raytune_ft.methods.lora import (
     target_paths,
 )
 from raytune_ft.spec import LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import fit
 

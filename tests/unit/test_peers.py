@@ -17,7 +17,8 @@ from raytune_ft.data.pack import share
 from raytune_ft.errors import Diverged
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import FullSpec, LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers

@@ -25,7 +25,8 @@ from raytune_ft.errors import ModelError, SpecError
 from raytune_ft.methods import METHODS
 from raytune_ft.methods.selective import Unfreezing, layer_groups, layer_of, selected, unfreezing
 from raytune_ft.spec import FullSpec, OptimizerSpec, TrainOnlySpec, parse_job
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 

@@ -20,7 +20,8 @@ from raytune_ft.methods import METHODS
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
 from raytune_ft.models import load_base, task_of
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Batch, Layout, Pairs, Step, Tokens
 from raytune_ft.train.engine import Block
 from raytune_ft.train.forward import arrangement_of

@@ -16,7 +16,8 @@ from torch import Tensor
 from raytune_ft.data.pack import share
 from raytune_ft.methods import METHODS
 from raytune_ft.spec import ClusterSpec, FullSpec, LoraSpec, OptimizerSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Classes, Layout, Pairs, Step, Tokens
 from raytune_ft.train.loop import StepReport, fit
 from raytune_ft.train.peers import Peers

@@ -22,7 +22,8 @@ from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base
 from raytune_ft.spec import FullSpec, LoraSpec, ModelSpec, OptimizerSpec, ScheduleSpec
-from raytune_ft.train.bank import Bank, BankEngine
+from raytune_ft.train.bank import Bank
+from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Batch, Layout, Step, Tokens
 from raytune_ft.train.engine import Block
 from raytune_ft.train.loop import StepReport, fit, mean_loss, source_losses

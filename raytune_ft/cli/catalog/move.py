@@ -20,7 +20,7 @@ from raytune_ft.cli.catalog.base import (
     print_json,
 )
 from raytune_ft.errors import CatalogError
-from raytune_ft.spec.job import VERSION
+from raytune_ft.spec.values import VERSION
 
 
 @app.command()

@@ -1,0 +1,60 @@
+"""What the values of all sections are made of: names, locations, and the base of a section."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""Job, adapter and alias names: they become keys, folders and submission ids."""
+
+VERSION = re.compile(r"v([0-9]+)")
+"""How a reference names a version: `summarise@v3`. No alias may look like it."""
+
+SUPPORTED_SCHEMES = ("file", "s3")
+
+
+def _check_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', and begin and end with a letter or digit")
+    return name
+
+
+def _check_alias(alias: str) -> str:
+    if VERSION.fullmatch(alias):
+        raise ValueError("means a version; use a word such as candidate")
+    return alias
+
+
+def _check_location(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    if not uri.strip():
+        raise ValueError("must not be empty")
+    if not separator:
+        return uri
+    # The rest of such a uri may hold a password or a signed query, so it is not repeated.
+    if scheme not in SUPPORTED_SCHEMES:
+        raise PydanticCustomError(
+            "secret", f"scheme '{scheme[:20]}' is not supported; use a folder, file:// or s3://"
+        )
+    if "@" in rest.partition("/")[0]:
+        raise PydanticCustomError(
+            "secret", "holds credentials; remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return uri
+
+
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+Location = Annotated[
+    str, AfterValidator(_check_location), Field(json_schema_extra={"format": "uri-reference"})
+]
+"""A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded."""
+Alias = Annotated[Name, AfterValidator(_check_alias)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
