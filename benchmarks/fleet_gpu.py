@@ -34,6 +34,7 @@ from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.engine import peak_memory_bytes
 from raytune_ft.train.loop import StepReport, Trainee, train
 from raytune_ft.train.schedule import learning_rate
+from raytune_ft.train.workbench import keep_freed_memory
 
 METHOD, OPTIMIZER, SCHEDULE = LoraSpec(), OptimizerSpec(), ScheduleSpec()
 HELD = ("dequantised", "packed")
@@ -87,6 +88,7 @@ class Lane:
         self._held = held
         self._layout = Layout(True, MOST_TOKENS, pad_token_id, None, _TOKENS_PER_FORWARD)
         spec = ModelSpec(path=str(folder), weight_bits=4)
+        keep_freed_memory(device)
         self._bank = Bank(load_base(spec, device=device, dequantised=held == "dequantised"))
 
     def run(self, jobs: Sequence[Examples], batch: int, slots: int) -> Row:

@@ -19,7 +19,14 @@ from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.placement import Placement
 from raytune_ft.train.probe import can_share_passes, check_isolation
-from raytune_ft.train.workbench import Workbench, compute_alike, device_of, layout_of, memory_bytes
+from raytune_ft.train.workbench import (
+    Workbench,
+    compute_alike,
+    device_of,
+    keep_freed_memory,
+    layout_of,
+    memory_bytes,
+)
 
 
 class Resident:
@@ -40,6 +47,7 @@ class Resident:
         self._threads = placement.threads
         device = device_of(placement.use_gpu)
         compute_alike(placement.threads, device)
+        keep_freed_memory(device)
         shared = 1 if placement.use_gpu else placement.workers_per_node
         self._device_bytes = memory_bytes(device) // shared
         self.plan = _plan(group, self._device_bytes)

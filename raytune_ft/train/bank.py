@@ -12,14 +12,13 @@ from raytune_ft.errors import ModelError, OutOfMemory
 from raytune_ft.methods import METHODS, Method
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.models import head_paths
-from raytune_ft.planner import LOGITS_CHUNK_TOKENS
 from raytune_ft.spec import OptimizerSpec, Section
 from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Block, pass_number, pass_seed
 from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.forward import forward_of
-from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
+from raytune_ft.train.loss import chunk_tokens, chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.peers import Peers
 
 if TYPE_CHECKING:
@@ -205,13 +204,14 @@ class Bank:
         )
         counts = [batch.learned_tokens for batch in batches]
         scale_K = 1.0 / torch.tensor([block.divisor for block in blocks], dtype=torch.float32)
+        hidden_ND = self._forward.learned(*batches)
         objective, loss_N = chunked_cross_entropy(
-            self._forward.learned(*batches),
+            hidden_ND,
             torch.cat([batch.labels_N for batch in batches]),
             scale_K.repeat_interleave(torch.tensor(counts)).to(self.device),
             self._forward.project,
             self._forward.head,
-            LOGITS_CHUNK_TOKENS,
+            chunk_tokens(hidden_ND, self._forward.head),
         )
         return objective, torch.split(loss_N, counts)
 
@@ -231,7 +231,8 @@ class Bank:
         self.model.eval()
         batch = batch.to(self.device)
         hidden_ND = self._forward.learned(batch)
-        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, LOGITS_CHUNK_TOKENS))
+        size = chunk_tokens(hidden_ND, self._forward.head)
+        return float(cross_entropy_sum(hidden_ND, batch.labels_N, self._forward.project, size))
 
     def select(self, engine: "BankEngine") -> None:
         """Compute with the weights of one job alone, whatever comes, until the next pass."""

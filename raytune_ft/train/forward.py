@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raytune_ft.errors import DataError, ModelError
 from raytune_ft.models import decoder_start_id, task_of
 from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs
-from raytune_ft.train.joint import side_by_side
+from raytune_ft.train.joint import attend_here, side_by_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ def forward_of(model: "PreTrainedModel", *, hooks: bool = True, compiled: bool =
             for all of its chunks.
         compiled: compile what comes before the head, when it is first called; the model stays as it is.
     """
+    attend_here()
     match task_of(model):
         case "classification":
             return _Classifying(model, compiled=compiled)
@@ -56,8 +57,12 @@ def forward_of(model: "PreTrainedModel", *, hooks: bool = True, compiled: bool =
 
 
 def _callable(module: nn.Module, *, compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return module
+    # It tells the compiler too, for whose import a process without one does not wait.
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     # Rows and batches have many sizes: one program is to do for all.
-    return torch.compile(module, dynamic=True) if compiled else module
+    return torch.compile(module, dynamic=True)
 
 
 def arrangement_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Arrangement:

@@ -7,13 +7,14 @@ compute alone, and nothing of one block reaches another, not even what is not fi
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raytune_ft.errors import ModelError
 from raytune_ft.train.batch import Batch
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "sdpa"
-"""What transformers calls the attention that is computed in blocks here."""
+"""What transformers calls the attention that is computed here."""
+_NARROW = 128
+"""Up to this width plain products are faster on CPU than torch's own kernel: at 16 tokens three times."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +48,33 @@ class _Masks:
     """Of each block (B, 1, T, T), what is added to the scores; None: a token sees what stands before it."""
 
 
+def attend_here() -> None:
+    """Let transformers ask here for the attention of all models in this process.
+
+    It keeps its name, because architectures look at it and compute otherwise under another.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
+
+
 def side_by_side(model: "PreTrainedModel", batches: Sequence[Batch]) -> Tensor:
     """Last hidden states (1, N, D) of all tokens of some batches, of one after another.
 
     Raises:
         ModelError: the model does not compute its attention where it can be told apart.
     """
-    _use_blocks(model)
+    if model.config._attn_implementation != _NAME:
+        raise ModelError(
+            f"{type(model).__name__} computes its attention by '{model.config._attn_implementation}', which "
+            "jobs cannot share; train them one after another"
+        )
     ids_1N = torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None]
     positions_1N = torch.cat([batch.position_ids_BT.flatten() for batch in batches])[None]
     with _blocks_of(batches):
         output = model.base_model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False)
     hidden_1ND: Tensor = output.last_hidden_state
     return hidden_1ND
-
-
-def _use_blocks(model: "PreTrainedModel") -> None:
-    """Let transformers ask here; without blocks all attention stays what it was.
-
-    It keeps its name, because architectures look at it and compute otherwise under another.
-    """
-    if model.config._attn_implementation != _NAME:
-        raise ModelError(
-            f"{type(model).__name__} computes its attention by '{model.config._attn_implementation}', which "
-            "jobs cannot share; train them one after another"
-        )
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _attention)
 
 
 @contextmanager
@@ -137,22 +139,30 @@ def _attention(
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each block in its own shape; arguments and result are those of transformers' functions."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if not isinstance(attention_mask, _Masks):
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **settings
-        )
-        return plain
+        return _own_attention(module, query, key, value, attention_mask, **settings)
     blocks = attention_mask.blocks
     pieces = [_in_blocks(tensor, blocks) for tensor in (query, key, value)]
     outputs = [
-        sdpa_attention_forward(module, *each, mask if mask is None else mask.to(query.dtype), **settings)[
-            0
-        ].flatten(0, 1)
+        _own_attention(module, *each, mask if mask is None else mask.to(query.dtype), **settings)[0].flatten(
+            0, 1
+        )
         for *each, mask in zip(*pieces, attention_mask.masks, strict=True)
     ]
     return torch.cat(outputs)[None], None
+
+
+def _own_attention(
+    module: torch.nn.Module, query_BHTD: Tensor, *given: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """As torch computes it, by the kernel that suits its width; alone and beside others it is the same."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    narrow = query_BHTD.device.type == "cpu" and query_BHTD.shape[2] <= _NARROW
+    chosen = narrow and not torch.compiler.is_compiling()
+    with sdpa_kernel(SDPBackend.MATH) if chosen else nullcontext():
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, *given, **settings)
+    return found
 
 
 def _in_blocks(tensor_1HND: Tensor, blocks: Sequence[_Block]) -> list[Tensor]:

@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raytune_ft.planner import LOGITS_CHUNK_TOKENS
+from raytune_ft.quantise import whole_shape
 from raytune_ft.train.batch import LEAST_ROWS
+
+_CACHED_BYTES = 16 << 20
+"""Logits of a chunk on CPU: more of them leave its caches, and fresh memory costs more than they do."""
 
 Project = Callable[[Tensor], Tensor]
 """Hidden states (N, D) → logits (N, V)."""
@@ -27,8 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = [p for p in parameters if p.requires_grad]
         gradient_ND = torch.empty_like(hidden_ND)
-        # In bfloat16 each chunk would round the sum again.
-        gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+        gradients: list[Tensor] = []
         loss_N = scale_N.new_empty(scale_N.shape)
         # Scales are multiplied in at the end, so that they change no bit before. The head's gradient adds
         # positions up: there only what they have in common can wait.
@@ -40,8 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss_N[chunk], gradient_ND[chunk], *head_gradients = _chunk(
                 hidden_ND[chunk], labels_N[chunk], inner_N[chunk], project, wanted
             )
-            for total, part in zip(gradients, head_gradients, strict=True):
-                total += part
+            gradients = _sums(gradients, head_gradients)
+        gradients = gradients or [torch.zeros_like(p) for p in wanted]
         ctx.save_for_backward(largest, outer_N, gradient_ND, *gradients)
         ctx.dtypes = [p.dtype if p.requires_grad else None for p in parameters]  # type: ignore[attr-defined]  # ctx is a free namespace
         ctx.mark_non_differentiable(loss_N)
@@ -60,8 +64,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (scaled_ND, None, None, None, None, *heads)
 
 
+def _sums(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 at least: in bfloat16 each chunk would round the sum again."""
+    if not totals:
+        # A head is large, and what is float32 already is not copied.
+        return [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    return [total.add_(part) for total, part in zip(totals, parts, strict=True)]
+
+
 def _scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without a copy between: a head is large."""
+    """In place where that is possible, and else without a copy between."""
+    if tensor.dtype == dtype:
+        return tensor.mul_(scale)
     return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
 
 
@@ -74,10 +88,29 @@ def _chunk(
         rows = len(piece)
         # A multiple, because threads divide the rows among themselves.
         padded = F.pad(piece, (0, 0, 0, -rows % LEAST_ROWS)) if rows % LEAST_ROWS else piece
-        log_probabilities_NV = F.log_softmax(project(padded)[:rows].float(), dim=1)
-        loss_N = F.nll_loss(log_probabilities_NV, labels_N, reduction="none")
-        gradients = torch.autograd.grad(loss_N, [piece, *wanted], grad_outputs=weight_N)
-    return loss_N.detach(), *gradients
+        logits_NV = project(padded)[:rows].float()
+    log_probabilities_NV = F.log_softmax(logits_NV.detach(), dim=1)
+    loss_N = F.nll_loss(log_probabilities_NV, labels_N, reduction="none")
+    # The gradient of the cross-entropies, softmax - one-hot, in the place of what it is made of.
+    gradient_NV = log_probabilities_NV.exp_()
+    gradient_NV[torch.arange(rows, device=labels_N.device), labels_N] -= 1.0
+    gradient_NV.mul_(weight_N[:, None])
+    return loss_N, *torch.autograd.grad(logits_NV, [piece, *wanted], grad_outputs=gradient_NV)
+
+
+def chunk_tokens(hidden_ND: Tensor, head: Sequence[Tensor]) -> int:
+    """Positions whose logits should exist at the same time; their number changes no bit, but for rounding in
+    the gradient of a head that is trained.
+
+    Args:
+        hidden_ND: hidden states of the learned positions.
+        head: tensors of the head; the first is (V, D).
+    """
+    if hidden_ND.device.type != "cpu" or not head or any(tensor.requires_grad for tensor in head):
+        # Each chunk of a head that is trained passes over its whole gradient.
+        return LOGITS_CHUNK_TOKENS
+    fitting = _CACHED_BYTES // (4 * whole_shape(head[0])[0])
+    return max(LEAST_ROWS, min(LOGITS_CHUNK_TOKENS, fitting) // LEAST_ROWS * LEAST_ROWS)
 
 
 def chunked_cross_entropy(

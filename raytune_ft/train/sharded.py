@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from raytune_ft.errors import OutOfMemory
 from raytune_ft.methods.routing import Route, Share, set_route
-from raytune_ft.planner import LOGITS_CHUNK_TOKENS, bucket_elements
+from raytune_ft.planner import bucket_elements
 from raytune_ft.quantise import is_divided
 from raytune_ft.spec import ClusterSpec, OptimizerSpec
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Block, Snapshot, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.export import export_full, gathered
 from raytune_ft.train.forward import forward_of
-from raytune_ft.train.loss import chunked_cross_entropy, cross_entropy_sum, sums_by_group
+from raytune_ft.train.loss import chunk_tokens, chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.shards import copy_shards, load_shards
@@ -128,15 +128,16 @@ class _Pass(nn.Module):
     def forward(self, *, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor] | Tensor:
         """Objective and losses (N,); without a scale the sum of all cross-entropies alone."""
         hidden_ND, project = self._forward.learned(batch), self._forward.project
+        size = chunk_tokens(hidden_ND, self._forward.head)
         if scale is None:
-            return cross_entropy_sum(hidden_ND, batch.labels_N, project, LOGITS_CHUNK_TOKENS)
+            return cross_entropy_sum(hidden_ND, batch.labels_N, project, size)
         return chunked_cross_entropy(
             hidden_ND,
             batch.labels_N,
             scale.expand(batch.learned_tokens),
             project,
             self._forward.head,
-            LOGITS_CHUNK_TOKENS,
+            size,
         )
 
 
