@@ -231,6 +231,8 @@ def _train(
         lanes = Lanes(desk, placement, home.uri, channel, cache, tell)
         snapshots = _Snapshots(home)
         try:
+            # At once: the desk is still on its way, as they are.
+            lanes.start(min(plan.fleet.lanes.max, queue.counts.get("queued", 0)))
             _follow(desk, lanes, plan.fleet.lanes.max, lease, story, snapshots)
         except ray.exceptions.RayError as error:
             raise TrainingError(
