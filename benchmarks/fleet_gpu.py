@@ -33,8 +33,8 @@ from raytune_ft.train.bank import Bank
 from raytune_ft.train.batch import Layout, Step, Tokens
 from raytune_ft.train.engine import peak_memory_bytes
 from raytune_ft.train.loop import StepReport, Trainee, train
+from raytune_ft.train.process import keep_freed_memory
 from raytune_ft.train.schedule import learning_rate
-from raytune_ft.train.workbench import keep_freed_memory
 
 METHOD, OPTIMIZER, SCHEDULE = LoraSpec(), OptimizerSpec(), ScheduleSpec()
 HELD = ("dequantised", "packed")

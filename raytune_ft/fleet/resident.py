@@ -19,14 +19,8 @@ from raytune_ft.train.bank_engine import BankEngine
 from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings, read_position
 from raytune_ft.train.placement import Placement
 from raytune_ft.train.probe import can_share_passes, check_isolation
-from raytune_ft.train.workbench import (
-    Workbench,
-    compute_alike,
-    device_of,
-    keep_freed_memory,
-    layout_of,
-    memory_bytes,
-)
+from raytune_ft.train.process import compute_alike, keep_freed_memory
+from raytune_ft.train.workbench import Workbench, device_of, layout_of, memory_bytes
 
 
 class Resident:

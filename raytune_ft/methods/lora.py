@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import dropped, feature_keys, module_seed
 from raytune_ft.methods.grouped import grouped_update, serves
-from raytune_ft.methods.routing import Part, Route, Routed
+from raytune_ft.methods.routing import Part, Routed
+from raytune_ft.methods.sliced import sliced_update
 from raytune_ft.models import Task, head_paths, task_of
 from raytune_ft.quantise import whole_shape
 from raytune_ft.spec import LoraSpec
@@ -51,9 +51,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, part: Part) -> Tensor:
         """y (…, out) of the frozen layer with the update of x (…, in), all tokens of which are this job's."""
-        low = F.linear(self.kept(x, part), self.lora_A.to(x.dtype)) * self.scale
-        update = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.to(x.dtype).t())
-        return update.view_as(y)
+        x_ND, y_NO = self.kept(x, part).flatten(0, -2), y.flatten(0, -2)
+        weights = (self.lora_A, self.lora_B)
+        return sliced_update(x_ND, y_NO, [len(x_ND)], [self.scale], [weights]).view_as(y)
 
     def kept(self, x: Tensor, part: Part) -> Tensor:
         """What dropout leaves of x (…, in); `scale` makes up for what it takes."""
@@ -103,33 +103,13 @@ class LoraLinear(Routed):
         if all(adapter is None for adapter in adapters):
             return y
         x_ND, y_NO = x.flatten(0, -2), y.flatten(0, -2)
+        kept_ND = _kept(x_ND, parts, adapters)
+        scales = tuple(1.0 if adapter is None else adapter.scale for adapter in adapters)
+        weights = [None if adapter is None else (adapter.lora_A, adapter.lora_B) for adapter in adapters]
         if serves(x_ND, y_NO):
-            return _grouped(self.route, x_ND, y_NO, parts, adapters).view_as(y)
-        return _one_by_one(x_ND, y_NO, parts, adapters).view_as(y)
-
-
-def _one_by_one(
-    x_ND: Tensor, y_NO: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]
-) -> Tensor:
-    sizes = [part.stop - part.start for part in parts]
-    # Split, not sliced: its gradient is put together once, and not once for each job.
-    pieces = zip(adapters, torch.split(x_ND, sizes), torch.split(y_NO, sizes), parts, strict=True)
-    return torch.cat([y if adapter is None else adapter(x, y, part) for adapter, x, y, part in pieces])
-
-
-def _grouped(
-    route: Route,
-    x_ND: Tensor,
-    y_NO: Tensor,
-    parts: Sequence[Part],
-    adapters: Sequence[Adapter | None],
-) -> Tensor:
-    return grouped_update(
-        _kept(x_ND, parts, adapters),
-        y_NO,
-        route.groups(tuple(1.0 if adapter is None else adapter.scale for adapter in adapters), x_ND.device),
-        [None if adapter is None else (adapter.lora_A, adapter.lora_B) for adapter in adapters],
-    )
+            groups = self.route.groups(scales, x_ND.device)
+            return grouped_update(kept_ND, y_NO, groups, weights).view_as(y)
+        return sliced_update(kept_ND, y_NO, [part.stop for part in parts], scales, weights).view_as(y)
 
 
 def _kept(x_ND: Tensor, parts: Sequence[Part], adapters: Sequence[Adapter | None]) -> Tensor:

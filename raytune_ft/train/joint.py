@@ -7,7 +7,7 @@ compute alone, and nothing of one block reaches another, not even what is not fi
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.errors import ModelError
 from raytune_ft.train.batch import Batch
@@ -159,10 +160,21 @@ def _own_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     narrow = query_BHTD.device.type == "cpu" and query_BHTD.shape[2] <= _NARROW
-    chosen = narrow and not torch.compiler.is_compiling()
-    with sdpa_kernel(SDPBackend.MATH) if chosen else nullcontext():
-        found: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, *given, **settings)
-    return found
+    if not narrow or torch.compiler.is_compiling():
+        usual: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, *given, **settings)
+        return usual
+
+    def products(*given: Tensor | None) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            found: Tensor = sdpa_attention_forward(module, *given, **settings)[0]
+        return found
+
+    if not torch.is_grad_enabled():
+        return products(query_BHTD, *given), None
+    # They would keep a score for every two tokens. torch's own kernel makes them again, too.
+    drops = bool(settings.get("dropout"))
+    again: Tensor = checkpoint(products, query_BHTD, *given, use_reentrant=False, preserve_rng_state=drops)
+    return again, None
 
 
 def _in_blocks(tensor_1HND: Tensor, blocks: Sequence[_Block]) -> list[Tensor]:

@@ -88,14 +88,15 @@ def _chunk(
         rows = len(piece)
         # A multiple, because threads divide the rows among themselves.
         padded = F.pad(piece, (0, 0, 0, -rows % LEAST_ROWS)) if rows % LEAST_ROWS else piece
-        logits_NV = project(padded)[:rows].float()
-    log_probabilities_NV = F.log_softmax(logits_NV.detach(), dim=1)
+        logits_NV = project(padded)[:rows]
+    log_probabilities_NV = F.log_softmax(logits_NV.detach(), dim=1, dtype=torch.float32)
     loss_N = F.nll_loss(log_probabilities_NV, labels_N, reduction="none")
     # The gradient of the cross-entropies, softmax - one-hot, in the place of what it is made of.
     gradient_NV = log_probabilities_NV.exp_()
     gradient_NV[torch.arange(rows, device=labels_N.device), labels_N] -= 1.0
     gradient_NV.mul_(weight_N[:, None])
-    return loss_N, *torch.autograd.grad(logits_NV, [piece, *wanted], grad_outputs=gradient_NV)
+    gradients = torch.autograd.grad(logits_NV, [piece, *wanted], grad_outputs=gradient_NV.to(logits_NV.dtype))
+    return loss_N, *gradients
 
 
 def chunk_tokens(hidden_ND: Tensor, head: Sequence[Tensor]) -> int:

@@ -1,6 +1,5 @@
 """Setting up a worker: the base on its device, what is trained on it, and the state that it goes on from."""
 
-import ctypes
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from raytune_ft.train.checkpoint import Position, choice_holds, memory_settings,
 from raytune_ft.train.forward import arrangement_of
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.probe import check_isolation
+from raytune_ft.train.process import compute_alike, keep_freed_memory
 from raytune_ft.train.sharded import ShardedEngine, divided_while_loading, join_group, zero_config
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 _SHARD_FILES = "rank-*.safetensors"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """What a container may use, which is less than what its machine has."""
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`."""
 
 
 @dataclass(frozen=True)
@@ -167,33 +165,6 @@ def memory_bytes(device: torch.device) -> int:
     total = int(psutil.virtual_memory().total)
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
     return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Let a process that computes on CPU keep the memory of tensors that it frees.
-
-    glibc gives large blocks back to the system at once, and each pass would fault all of their pages in
-    again: a tenth of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if device.type == "cpu" and mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def compute_alike(threads: int, device: torch.device) -> None:
-    """Make the same work give the same bits in this process.
-
-    Args:
-        threads: that it computes with on CPU.
-        device: what it computes on.
-    """
-    torch.set_num_threads(threads)
-    if device.type == "cpu":
-        # As `use_deterministic_algorithms`, which imports torch's compiler: more than a second.
-        torch.set_deterministic_debug_mode("error")
-        # Nothing here reads what it has not written. (torch types the module without this property.)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def layout_of(

@@ -1,0 +1,91 @@
+"""The updates of several jobs, one after another, as one operation: small ones cost more than they do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = tuple[Tensor, Tensor]
+"""A (rank, D) and B (O, rank) of an update."""
+
+
+def sliced_update(
+    x_ND: Tensor,
+    y_NO: Tensor,
+    stops: Sequence[int],
+    scales: Sequence[float],
+    weights: Sequence[Weights | None],
+) -> Tensor:
+    """y + scale · B·A·x, each slice of the tokens with an A and a B of its own.
+
+    A slice gives the same bits, here and in its gradients, alone and beside others.
+
+    Args:
+        x_ND: inputs of the tokens.
+        y_NO: what the updates are added to.
+        stops: where each slice ends, and the next one begins.
+        scales: of each slice.
+        weights: of each slice; None where it has no update.
+    """
+    pairs = (pair or (None, None) for pair in weights)
+    updated_NO: Tensor = _SlicedUpdate.apply(  # type: ignore[no-untyped-call]  # torch does not type it
+        x_ND, y_NO, stops, scales, *(weight for pair in pairs for weight in pair)
+    )
+    return updated_NO
+
+
+class _SlicedUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        y_NO: Tensor,
+        stops: Sequence[int],
+        scales: Sequence[float],
+        *weights: Tensor | None,
+    ) -> Tensor:
+        updated_NO = torch.empty_like(y_NO)
+        lows: list[Tensor | None] = []
+        cast = [None if weight is None else weight.to(x_ND.dtype) for weight in weights]
+        start = 0
+        for at, (stop, scale) in enumerate(zip(stops, scales, strict=True)):
+            A, B = cast[2 * at], cast[2 * at + 1]
+            if A is None or B is None:
+                updated_NO[start:stop] = y_NO[start:stop]
+                lows.append(None)
+            else:
+                low_NR = torch.mm(x_ND[start:stop], A.t()).mul_(scale)
+                torch.addmm(y_NO[start:stop], low_NR, B.t(), out=updated_NO[start:stop])
+                lows.append(low_NR)
+            start = stop
+        ctx.save_for_backward(x_ND, *lows, *cast)
+        ctx.stops, ctx.scales = stops, scales
+        ctx.dtypes = [None if weight is None else weight.dtype for weight in weights]
+        return updated_NO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NO,) = gradients
+        x_ND, *saved = ctx.saved_tensors
+        count = len(ctx.stops)
+        lows, cast = saved[:count], saved[count:]
+        of_x_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+        of_weights: list[Tensor | None] = []
+        start = 0
+        for at, (stop, scale, low_NR) in enumerate(zip(ctx.stops, ctx.scales, lows, strict=True)):
+            A, B = cast[2 * at], cast[2 * at + 1]
+            if low_NR is None:
+                of_weights += [None, None]
+                if of_x_ND is not None:
+                    of_x_ND[start:stop] = 0.0
+            else:
+                own_NO = gradient_NO[start:stop]
+                of_low_NR = torch.mm(own_NO, B).mul_(scale)
+                if of_x_ND is not None:
+                    torch.mm(of_low_NR, A, out=of_x_ND[start:stop])
+                of_A = torch.mm(of_low_NR.t(), x_ND[start:stop])
+                of_B = torch.mm(low_NR.t(), own_NO).t()
+                of_weights += [of_A.to(ctx.dtypes[2 * at]), of_B.to(ctx.dtypes[2 * at + 1])]
+            start = stop
+        return (of_x_ND, gradient_NO if ctx.needs_input_grad[1] else None, None, None, *of_weights)
