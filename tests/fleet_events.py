@@ -12,6 +12,7 @@ from raytune_ft.fleet.events import (
     JobDone,
     JobFailed,
     JobOutcome,
+    JobReturned,
     JobStarted,
     JobStepped,
     LaneEnded,
@@ -120,18 +121,26 @@ def _next(draw: st.DrawFn, model: Model, number: int, at_s: float) -> list[Fleet
         case "done" | "fail":
             return _end(draw, model, draw(st.sampled_from(running)), at_s, before=False)
         case "lost":
-            lane = draw(st.sampled_from(model.lanes))
-            model.lanes.remove(lane)
-            had = tuple(job for job, holder in model.lane_of.items() if holder == lane)
-            for job in had:
-                del model.lane_of[job]
-                model.states[job] = "queued"
-            return [LaneLost(at_s, lane, had, draw(st.booleans()), draw(texts))]
+            return _queue_again(draw, model, at_s)
         case "end":
             lane = draw(st.sampled_from(idle))
             model.lanes.remove(lane)
             return [LaneEnded(at_s, lane)]
     return []
+
+
+def _queue_again(draw: st.DrawFn, model: Model, at_s: float) -> list[FleetEvent]:
+    """A lane gives one job back, or is lost with all of its jobs."""
+    lane = draw(st.sampled_from(model.lanes))
+    had = tuple(job for job, holder in model.lane_of.items() if holder == lane)
+    returned = had[:1] if draw(st.booleans()) else ()
+    for job in returned or had:
+        del model.lane_of[job]
+        model.states[job] = "queued"
+    if returned:
+        return [JobReturned(at_s, *returned, lane, draw(texts))]
+    model.lanes.remove(lane)
+    return [LaneLost(at_s, lane, had, draw(st.booleans()), draw(texts))]
 
 
 def _end(draw: st.DrawFn, model: Model, job: str, at_s: float, *, before: bool) -> list[FleetEvent]:

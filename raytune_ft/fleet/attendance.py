@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, Self
 
-from raytune_ft.errors import RaytuneError, TrainingError
+from raytune_ft.errors import RaytuneError, StorageError, TrainingError
 from raytune_ft.fleet.desk import Stepped, Taken
 from raytune_ft.train.progress import Event
 
@@ -105,6 +105,20 @@ class Attendance:
             raise self._failure
         if self._lost:
             raise LeaseLost(self.lane)
+
+    def may_write(self) -> None:
+        """As `check`, for those that wait for a store that is away: where the lane has given one up, so do
+        they.
+
+        Raises:
+            LeaseLost: the lease is over, or the lane ends for its store.
+            DeskGone: so is the fleet.
+            Exception: what a thread of the lane met with otherwise.
+        """
+        try:
+            self.check()
+        except StorageError as error:
+            raise LeaseLost(self.lane) from error
 
     def trouble(self, error: BaseException) -> None:
         """What concerns the lane, and not one of its jobs: `check` raises the first of it."""

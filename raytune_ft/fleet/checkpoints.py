@@ -141,7 +141,15 @@ class JobCheckpoints:
     def _listed(self) -> tuple[list[KeptCheckpoint], list[str]]:
         """Complete checkpoints, and the keys that belong to none."""
         keys = [found.key for found in self._storage.list(PREFIX)]
-        kept = [one for key in keys if key.endswith(_SUFFIX) and (one := self._read(key)) is not None]
+        there = set(keys)
+        # One that another lane was about to remove may have been listed after that.
+        kept = [
+            one
+            for key in keys
+            if key.endswith(_SUFFIX)
+            and (one := self._read(key)) is not None
+            and all(f"{PREFIX}{one.name}/{file}" in there for file in one.size_bytes)
+        ]
         own = {f"{PREFIX}{one.name}" for one in kept}
         others = [
             key for key in keys if key.removesuffix(_SUFFIX) not in own and key.rpartition("/")[0] not in own

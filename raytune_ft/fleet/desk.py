@@ -14,6 +14,7 @@ from raytune_ft.fleet.events import (
     FleetEvent,
     JobDone,
     JobFailed,
+    JobReturned,
     JobStarted,
     JobStepped,
     LaneEnded,
@@ -68,7 +69,8 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Barren:
-    """Lanes that were lost one after another, unannounced, and none of them did a step."""
+    """Lanes that were lost one after another, unannounced, without coming to anything: none of them did a
+    step, or what they are lost for is known, and none kept a checkpoint or ended a job."""
 
     losses: int = 0
     reason: str = ""
@@ -205,6 +207,8 @@ class Desk:
             self._events.append(JobStepped(self._at_s, name, lane, at.step, at.steps, at.loss, at.tokens))
         if steps:
             self._stepped.add(process_of(lane))
+        # Steps that are lost again are no progress where it is known what they are lost for.
+        if checkpoints or (steps and self._barren.cause == "unknown"):
             self._barren = Barren()
         return True
 
@@ -232,6 +236,8 @@ class Desk:
         self._changed = True
         if self._queue.entries[job].state == "failed":
             self._has_failed(job, lane, reason)
+        else:
+            self._events.append(JobReturned(self._at_s, job, lane, reason))
         return True
 
     def end(self, lane: str) -> None:
@@ -290,7 +296,7 @@ class Desk:
 
     def _count_loss(self, process: str, reason: str, cause: Cause) -> None:
         self._lost.add(process)
-        if process not in self._stepped:
+        if cause != "unknown" or process not in self._stepped:
             self._barren = Barren(self._barren.losses + 1, reason, cause)
 
     def _heard(self, lane: str) -> bool:

@@ -13,6 +13,7 @@ always in the thread that called `run_fleet`. A view is a fold over them:
    - `JobStarted`: a lane trains a job from a step on. A job may start several times: on another lane after
      the first was lost, and then again at a step that was done before.
    - `JobStepped`: how far a running job is; about one a second of each job, not one of each step.
+   - `JobReturned`: a lane cannot go on with a job, which is queued again.
    - `JobDone`, `JobFailed`: a job has ended, once and for all.
    - `LaneLost`: a lane is gone before its time; its running jobs are queued again.
    - `LaneEnded`: a lane has nothing more to do. It has no running job.
@@ -135,6 +136,16 @@ class JobStepped:
 
 
 @dataclass(frozen=True)
+class JobReturned:
+    """A lane gave a job back, which another may go on with from its checkpoint; the lane is well."""
+
+    at_s: float
+    job: str
+    lane: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class JobDone:
     """A job was trained and published."""
 
@@ -235,6 +246,7 @@ FleetEvent = (
     | LaneEnded
     | JobStarted
     | JobStepped
+    | JobReturned
     | JobDone
     | JobFailed
     | Progress

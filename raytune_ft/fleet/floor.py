@@ -230,7 +230,7 @@ class Floor:
             ready.checkpoints,
             self._threads,
             self._folder,
-            may_write=self._attendance.check,
+            may_write=self._attendance.may_write,
             on_kept=lambda step: self._attendance.kept(job.name, step),
         )
         tokens = sum(entry["tokens"] for entry in position.history)

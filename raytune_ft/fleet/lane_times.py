@@ -8,6 +8,7 @@ from raytune_ft.fleet.events import (
     FleetEvent,
     JobDone,
     JobFailed,
+    JobReturned,
     JobStarted,
     LaneEnded,
     LaneLost,
@@ -65,6 +66,8 @@ def lane_times(events: Iterable[FleetEvent], end_s: float) -> list[LaneTime]:
             case JobStarted():
                 close(event.job, event.at_s, "lost")
                 open_jobs[event.job] = event
+            case JobReturned():
+                close(event.job, event.at_s, "lost")
             case JobDone():
                 close(event.job, event.at_s, "done")
             case JobFailed():

@@ -17,7 +17,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from raytune_ft.errors import RaytuneError, RunHeld, StorageError, TrainingError
+from raytune_ft.errors import DeviceFailed, RaytuneError, RunHeld, StorageError, TrainingError
 from raytune_ft.fleet.attendance import DeskGone, LaneUnfit, LeaseLost
 from raytune_ft.fleet.desk import Cause, Stepped, Taken
 from raytune_ft.spec import ClusterSpec
@@ -326,4 +326,4 @@ def _loss(ended: "Future[ray.train.Result]") -> _Loss | None:
 def _cause_of(error: RaytuneError) -> Cause:
     if isinstance(error, StorageError):
         return "store"
-    return "lane" if isinstance(error, LaneUnfit) else "unknown"
+    return "lane" if isinstance(error, LaneUnfit | DeviceFailed) else "unknown"

@@ -1,12 +1,13 @@
 """The driver of a fleet: checks what needs no GPU, opens the desk, keeps lanes at work."""
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from raytune_ft.train.run import Run, digest
 LEASE_S = 30.0
 """How long after its last word a lane counts as lost. That its process is gone is known sooner."""
 MOST_BARREN_LOSSES = 3
-"""So many lanes may be lost one after another without having done a step."""
+"""So many lanes may be lost one after another without having come to anything; see `Barren`."""
 QUEUE_FILE = "queue.json"
 SETTINGS_FILE = "settings.json"
 _POLL_S = 0.2
@@ -177,13 +178,17 @@ def _result_of(job: JobSpec, order: Order) -> dict[str, Any] | None:
     return None if result is None else as_of_now(result, Catalog.at(job.publish.catalog))
 
 
-@dataclass
 class _Snapshots:
-    """The queue's state on its way to the bucket. It tells a restart what failed; no result rests on it."""
+    """The queue's state on its way to the bucket. It tells a restart what failed; no result rests on it.
 
-    home: Storage
-    due_at: float = 0.0
-    unsent: bytes | None = None
+    It is written in a thread: the fleet does not stand still for a store that is away.
+    """
+
+    def __init__(self, home: Storage) -> None:
+        self._home = home
+        self._unsent: bytes | None = None
+        self._thread: threading.Thread | None = None
+        self.due_at = 0.0
 
     @property
     def due(self) -> bool:
@@ -191,13 +196,25 @@ class _Snapshots:
 
     def keep(self, snapshot: bytes | None) -> None:
         """Write the newest one; what could not be written is tried again when the next is due."""
-        self.unsent = snapshot or self.unsent
-        if self.unsent is None or not (snapshot or self.due):
+        self._unsent = snapshot or self._unsent
+        under_way = self._thread is not None and self._thread.is_alive()
+        if self._unsent is None or under_way or not (snapshot or self.due):
             return
         self.due_at = time.monotonic() + _SNAPSHOT_EVERY_S
-        with suppress(StorageError):
-            self.home.write(QUEUE_FILE, self.unsent)
-            self.unsent = None
+        content, self._unsent = self._unsent, None
+        self._thread = threading.Thread(target=self._write, args=(content,), daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until nothing is on its way, or the time is over."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._home.write(QUEUE_FILE, content)
+        except StorageError:
+            self._unsent = self._unsent or content
 
 
 def _train(
@@ -252,12 +269,21 @@ def _close(desk: Any, home: Storage, lease: Lease, channel: str, snapshots: _Sna
         ray.kill(desk)
         return
     with suppress(ray.exceptions.RayError):
+        snapshots.wait(_CLOSE_S)
         snapshots.due_at = 0.0
         snapshots.keep(ray.get(desk.news.remote(snapshot=True)).snapshot)
     ray.kill(desk)
-    with suppress(StorageError):
-        for found in list(home.list(f"{LANES}{channel[:CHANNEL_CHARACTERS]}")):
-            home.delete(found.key)
+
+    def remove() -> None:
+        with suppress(StorageError):
+            for found in list(home.list(f"{LANES}{channel[:CHANNEL_CHARACTERS]}")):
+                home.delete(found.key)
+
+    # Not for longer: who pressed Ctrl-C does not wait for a store that is away.
+    removing = threading.Thread(target=remove, daemon=True)
+    removing.start()
+    removing.join(_CLOSE_S)
+    snapshots.wait(_CLOSE_S)
 
 
 def _follow(desk: Any, lanes: Lanes, most: int, lease: Lease, story: Story, snapshots: _Snapshots) -> None:
@@ -294,7 +320,7 @@ def check_barren(news: News) -> None:
     if news.barren.losses > max(MOST_BARREN_LOSSES, news.lanes):
         kind = StorageError if news.barren.cause == "store" else TrainingError
         raise kind(
-            f"{news.barren.losses} lanes were lost one after another before any of them had done a step; "
+            f"{news.barren.losses} lanes were lost one after another before any of them came to anything; "
             f"the last one: {news.barren.reason}; the same command goes on from the last checkpoints"
         )
 

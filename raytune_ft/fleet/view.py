@@ -15,6 +15,7 @@ from raytune_ft.fleet.events import (
     FleetPlanned,
     JobDone,
     JobFailed,
+    JobReturned,
     JobStarted,
     JobStepped,
     LaneEnded,
@@ -119,13 +120,15 @@ def after(view: FleetView, event: FleetEvent) -> FleetView:
             return _without_lane(view, event.lane)
         case Progress():
             return replace(view, tokens_per_second=event.tokens_per_second, seconds_left=event.seconds_left)
-        case JobStarted() | JobStepped() | JobDone() | JobFailed():
+        case JobStarted() | JobStepped() | JobReturned() | JobDone() | JobFailed():
             return _with_job(view, event)
         case _:
             return view
 
 
-def _with_job(view: FleetView, event: JobStarted | JobStepped | JobDone | JobFailed) -> FleetView:
+def _with_job(
+    view: FleetView, event: JobStarted | JobStepped | JobReturned | JobDone | JobFailed
+) -> FleetView:
     old = view.jobs.get(event.job)
     if old is None or old.state in ("done", "failed"):
         return view
@@ -139,6 +142,8 @@ def _with_job(view: FleetView, event: JobStarted | JobStepped | JobDone | JobFai
         case JobStepped():
             # A lane that was lost meanwhile had told it before.
             return view
+        case JobReturned():
+            new = replace(old, state="queued", lane=None, loss=None)
         case JobDone():
             new = replace(old, state="done", lane=None, step=old.steps, ended_s=event.at_s)
         case JobFailed():
@@ -296,6 +301,8 @@ def line_of(view: FleetView, event: FleetEvent) -> str | None:
             )
         case LaneLost():
             return f"{event.lane}: lost with {len(event.jobs)} running jobs: {one_line(event.reason)}"
+        case JobReturned():
+            return f"{event.job}: queued again: {one_line(event.reason)}"
         case JobDone() if not event.before:
             return f"{event.job}: {done_text(event.result)}"
         case JobFailed():

@@ -16,6 +16,7 @@ from raytune_ft.methods.selective import Unfreezing
 from raytune_ft.spec import OptimizerSpec
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Snapshot, peak_memory_bytes
+from raytune_ft.train.faults import fault_of_device
 from raytune_ft.train.optimizers import make_optimizer
 from raytune_ft.train.peers import Peers
 
@@ -137,11 +138,14 @@ class BankEngine:
 
         Raises:
             ModelError: the checkpoint is damaged, or of another model or method.
+            OutOfMemory, DeviceFailed: it is not the checkpoint's fault.
         """
         try:
             tensors = load_file(folder / _WEIGHTS)
             state = torch.load(folder / _OPTIMIZER, map_location=self.base.device, weights_only=True)
         except (FileNotFoundError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
+            if (fault := fault_of_device(error)) is not None:
+                raise fault from None
             (reason, *_) = str(error).splitlines() or [""]
             raise ModelError(
                 f"{folder}: the checkpoint is cut short or damaged ({reason[:200]}); "

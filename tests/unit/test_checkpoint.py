@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from raytune_ft.errors import DataError, ModelError
+from raytune_ft.errors import DataError, ModelError, OutOfMemory
 from raytune_ft.methods.lora import add_lora
 from raytune_ft.planner import Choice, MemoryPlan
 from raytune_ft.spec import JobSpec, LoraSpec, OptimizerSpec, parse_job
@@ -143,3 +143,14 @@ def test_a_choice_holds_where_it_fits_and_the_job_says_the_same(
     write(checkpoint, written)
     kept = read_position(checkpoint, data_fingerprint="data", base_digest="base")
     assert choice_holds(kept, job(**sections), workers=workers, device_bytes=device_bytes) is holds
+
+
+def test_a_full_device_is_not_taken_for_a_damaged_checkpoint(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(OutOfMemory):
+        engine().load(checkpoint)

@@ -275,3 +275,14 @@ def test_what_killed_lanes_left_is_removed_and_what_others_hold_stays(
     lanes[1].kill()
     for lane in lanes:
         lane.communicate()
+
+
+def test_an_upload_does_not_wait_for_a_store_that_the_lane_has_given_up() -> None:
+    desk, _ = desk_of("a")
+    attendance = Attendance(Locked(desk), "lane-1", "node", "cpu")
+    attendance.may_write()
+    attendance.trouble(StorageError("s3://adapters: no answer"))
+    with pytest.raises(LeaseLost):
+        attendance.may_write()
+    with pytest.raises(StorageError, match="no answer"):
+        attendance.check()

@@ -153,3 +153,20 @@ def test_one_that_is_of_no_use_makes_way_for_the_one_before(
     assert kept.restore_older(folder) is None
     assert list(folder.iterdir()) == []
     assert bool(list(storage.list(PREFIX))) is not may_delete
+
+
+def test_a_list_that_was_written_after_its_files_were_removed_is_none(
+    storage: Storage, tmp_path: Path
+) -> None:
+    kept = JobCheckpoints(storage, CheckpointSpec(keep=1))
+    add(kept, tmp_path, 5)
+    (listed,) = [
+        found.key
+        for found in storage.list(PREFIX)
+        if found.key.endswith(".json") and found.key.count("/") == 1
+    ]
+    late = listed.replace("0000000005", "0000000007")
+    storage.write(late, storage.read(listed).replace(b"0000000005", b"0000000007").replace(b":5,", b":7,"))
+    assert restored(kept, tmp_path / "there") == (5, "of step 5")
+    add(kept, tmp_path, 9)
+    assert restored(kept, tmp_path / "here") == (9, "of step 9")

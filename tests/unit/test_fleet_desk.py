@@ -196,7 +196,7 @@ def test_so_many_lanes_may_be_lost_while_they_load_as_there_are(cause: Cause, ki
         desk.lose_attempts(f"lane-{at}", announced=False, reason="its node is gone", cause=cause)
     check_barren(desk.news())
     desk.lose_attempts("lane-6", announced=False, reason="no torch", cause=cause)
-    with pytest.raises(kind, match=r"7 lanes were lost .* before any of them had done a step; the last"):
+    with pytest.raises(kind, match=r"7 lanes were lost .* before any of them came to anything; the last"):
         check_barren(desk.news())
 
 
@@ -275,7 +275,7 @@ def test_a_base_fails_its_jobs_when_a_second_lane_cannot_load_it_and_none_has() 
 def test_a_job_that_is_refused_twice_has_failed() -> None:
     desk, _ = desk_of("a")
     desk.join("lane-1", "node", "cpu")
-    for kind in ([], ["JobFailed"]):
+    for kind in (["JobReturned"], ["JobFailed"]):
         assert [order.job.name for order in desk.take("lane-1", "base-1", 1).orders] == ["a"]
         desk.news()
         assert desk.give_back("lane-1", "a", "needs 40 GiB", alone=False)
@@ -290,4 +290,19 @@ def test_what_the_store_or_the_machine_is_to_blame_for_costs_the_jobs_nothing() 
         desk.lose_attempts(f"lane-{at}", announced=False, reason="no answer", cause=cause)
     assert not any(isinstance(event, JobFailed) for event in desk.news().events)
     with pytest.raises(StorageError, match="5 lanes were lost"):
+        check_barren(desk.news())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_steps_that_are_lost_for_the_store_again_and_again_come_to_nothing(kept: bool) -> None:
+    desk, _ = desk_of("a")
+    for at in range(1, 5):
+        desk.join(f"lane-{at}", "node", "cpu")
+        assert desk.take(f"lane-{at}", "base-1", 1).orders
+        assert desk.beat(f"lane-{at}", {"a": Stepped(9, 10, 1.0, 1)}, {"a": 9} if kept else {})
+        desk.lose_attempts(f"lane-{at}", announced=False, reason="the disk is full", cause="store")
+    if kept:
+        check_barren(desk.news())
+        return
+    with pytest.raises(StorageError, match=r"4 lanes were lost .*: the disk is full"):
         check_barren(desk.news())

@@ -31,6 +31,7 @@ def test_a_state_that_could_not_be_written_is_written_later(
     home = Away(open_storage(str(tmp_path)))
     snapshots = _Snapshots(home)
     snapshots.keep(b"job a has failed")
+    snapshots.wait(10.0)
     assert not snapshots.due
     home.away = False
     # The desk has nothing new to say, or it has.
@@ -39,7 +40,9 @@ def test_a_state_that_could_not_be_written_is_written_later(
     monkeypatch.setattr(run, "_SNAPSHOT_EVERY_S", 0.0)
     snapshots.due_at = 0.0
     snapshots.keep(b"so has b" if changed_since else None)
+    snapshots.wait(10.0)
     assert home.read(QUEUE_FILE) == (b"so has b" if changed_since else b"job a has failed")
     home.write(QUEUE_FILE, b"another's")
     snapshots.keep(None)
+    snapshots.wait(10.0)
     assert home.read(QUEUE_FILE) == b"another's", "what was written is not written again"
