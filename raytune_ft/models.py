@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from raytune_ft.classes import check_classes, check_head, classes_config
-from raytune_ft.errors import ModelError
+from raytune_ft.errors import DataError, ModelError
 from raytune_ft.planner import ModelFacts
 from raytune_ft.spec import ModelSpec
 from raytune_ft.storage import local_path, open_storage
@@ -31,6 +31,8 @@ _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
 _SAMPLE_BYTES = 64 * 1024
+_LOST_WORKER = ("gloo", "Gloo", "NCCL", "onnection closed by peer", "onnection reset by peer")
+"""What a collective says whose other side is gone."""
 _SAMPLES = 64
 
 
@@ -157,11 +159,18 @@ def read_facts(folder: Path) -> ModelFacts:
 def base_identity(path: str) -> str:
     """Which base stands at `path` now, without fetching its weights.
 
-    Of a bucket's objects the etags, of the Hub the revision, of a folder the digest. All machines say the
-    same, whatever of it they have in their caches.
+    Of a bucket's objects the etags, of the Hub the revision, of a folder a digest of the base and of what
+    describes it, its tokenizer above all. All machines say the same, whatever of it they have in
+    their caches.
     """
     folder = model_folder(path, weights=False)
-    return base_digest(folder) if _is_folder(path) else folder.name
+    if not _is_folder(path):
+        return folder.name
+    digest = hashlib.sha256(base_digest(folder).encode())
+    for file in sorted(file for file in folder.iterdir() if file.suffix in _DESCRIPTION):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def base_digest(folder: Path) -> str:
@@ -257,6 +266,9 @@ def load_base(
                 **classes_config(spec),
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        # Workers that divide a base talk to each other meanwhile: a lost one is no fault of the model.
+        if device is None and _tells_of_a_lost_worker(error):
+            raise
         raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
     _check_loaded(spec, model, loading)
     if spec.weight_bits == 4:
@@ -267,6 +279,29 @@ def load_base(
     model.eval()
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _tells_of_a_lost_worker(error: Exception) -> bool:
+    from torch import distributed
+
+    # Ray takes the group away from those that are left before it starts anew.
+    if not distributed.is_initialized() or isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_WORKER)
+
+
+def unknown_token(least: int, most: int, vocabulary: int) -> DataError | None:
+    """Why a base with embeddings for so many tokens cannot compute tokens from `least` to `most`.
+
+    A GPU would answer to such a token by ending all that computes on it.
+    """
+    if least >= 0 and most < vocabulary:
+        return None
+    wrong = least if least < 0 else most
+    return DataError(
+        f"the tokenizer makes token {wrong}, and the base has embeddings for 0 to {vocabulary - 1}; give "
+        "the base the tokenizer that it was trained with"
+    )
 
 
 def task_of(model: "PreTrainedModel") -> Task:

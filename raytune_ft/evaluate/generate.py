@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from raytune_ft.models import decoder_start_id, question_ids, task_of
-from raytune_ft.quantise import is_divided
+from raytune_ft.models import decoder_start_id, question_ids, task_of, unknown_token
+from raytune_ft.quantise import is_divided, whole_shape
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,12 +38,19 @@ def answer(
 
     Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length; those
     of a causal model are padded on the left. A classifier answers with the likeliest class.
+
+    Raises:
+        DataError: a prompt has a token that the model does not know.
     """
     model.eval()
     task = task_of(model)
     rows: Sequence[Sequence[int]] = prompts
     if task != "causal":
         rows = [question_ids(prompt, tokenizer.eos_token_id).tolist() for prompt in prompts]
+    if tokens := [token for row in rows for token in row]:
+        vocabulary, _ = whole_shape(model.get_input_embeddings().weight)
+        if (failure := unknown_token(min(tokens), max(tokens), vocabulary)) is not None:
+            raise failure
     answers = [""] * len(rows)
 
     def keep(chosen: Sequence[int], texts: Sequence[str]) -> None:

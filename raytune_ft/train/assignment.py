@@ -21,7 +21,7 @@ from raytune_ft.errors import RaytuneError, TrainingError
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.placement import Placement
 from raytune_ft.train.progress import record_failure
-from raytune_ft.train.run import RunState
+from raytune_ft.train.run import RunState, name_inputs
 
 _OWN_FAULTS = (TypeError, ValueError, KeyError, NotImplementedError)
 """By none of these does a worker notice that another was lost, as long as it has its process group."""
@@ -72,6 +72,11 @@ class TrainingData:
             },
             others=others,
         )
+
+    def inputs(self, base: str) -> str:
+        """Names what was read, with the base as `base_identity` names it; see `name_inputs`."""
+        others = None if self.others is None else self.others.fingerprint
+        return name_inputs(self.described["fingerprint"], base, others)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytune_ft.data.pack import balanced_capacity, pack_first_fit
 from raytune_ft.data.tokenise import answer_start
 from raytune_ft.errors import DataError
-from raytune_ft.models import question_ids
+from raytune_ft.models import question_ids, unknown_token
 
 LEAST_ROWS = 4
 """Of a product of matrices. For fewer, BLAS has other kernels, which round otherwise; from here on a row is
@@ -72,18 +72,9 @@ class Batch:
         return mask_BT
 
     def unknown_token(self, vocabulary: int) -> DataError | None:
-        """Why a base with embeddings for so many tokens cannot compute the batch, which is on the CPU.
-
-        A GPU would answer to such a token by ending all that computes on it.
-        """
+        """Why a base with embeddings for so many tokens cannot compute the batch, which is on the CPU."""
         least, most = torch.cat([self.input_ids_BT.flatten(), self.labels_N]).aminmax()
-        if least >= 0 and most < vocabulary:
-            return None
-        wrong = int(least if least < 0 else most)
-        return DataError(
-            f"the tokenizer makes token {wrong}, and the base has embeddings for 0 to {vocabulary - 1}; give "
-            "the base the tokenizer that it was trained with"
-        )
+        return unknown_token(int(least), int(most), vocabulary)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""

@@ -1,5 +1,7 @@
 """What a run survives, and what it says when it is too much."""
 
+import re
+
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
@@ -7,6 +9,8 @@ from raytune_ft.errors import RaytuneError, StorageError, TrainingError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import arrow_filesystem
 from raytune_ft.train.run import Run
+
+_CREDENTIALS = re.compile(r"//[^\s\"']*@")
 
 
 def run_config(job: JobSpec, run: Run) -> RunConfig:
@@ -44,7 +48,8 @@ def lost(job: JobSpec, error: BaseException) -> RaytuneError:
     failure = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(failure, RaytuneError):
         return failure
-    kind = StorageError if isinstance(failure, OSError) else TrainingError
+    of_store = isinstance(failure, OSError) or type(failure).__module__.startswith("botocore")
+    kind = StorageError if of_store else TrainingError
     return kind(
         f"Ray Train could not go on: {cause(failure)}; the same command goes on from the last checkpoint"
     )
@@ -62,4 +67,6 @@ def cause(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__
+    said = lines[-1].strip()[:300] if lines else type(error).__name__
+    # What a library of a store says may hold an endpoint, and that a password.
+    return _CREDENTIALS.sub("//", said)

@@ -23,7 +23,7 @@ def fault_of_device(error: BaseException) -> OutOfMemory | DeviceFailed | None:
     """
     if isinstance(error, OutOfMemory | DeviceFailed):
         return error
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         error.__traceback__ = None
         return OutOfMemory(
             f"the device's memory is full ({_first_line(error)}); train fewer jobs at once, or use a smaller "
@@ -41,7 +41,8 @@ def fault_of_device(error: BaseException) -> OutOfMemory | DeviceFailed | None:
     return None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was not to be had, of a GPU or of the machine."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)

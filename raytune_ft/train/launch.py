@@ -105,7 +105,8 @@ def train(
             write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
         _keep(assignment, result, outcome, output)
         check_holds(run.storage, channel)
-        run.finish(result, inputs)
+        # As they were read: since they were listed for the first time this driver may have waited for hours.
+        run.finish(result, assignment.data.inputs(base))
     return result
 
 

@@ -7,6 +7,8 @@ import ray.train
 from raytune_ft.train.peers import Peers
 
 ASK_EVERY_S = 2.0
+_MOST_STEPS = 50
+"""From one question to the next."""
 
 
 class Notices:
@@ -37,7 +39,8 @@ class Notices:
         mine = (now - self._asked_at) / (step - self._asked_step) if self._peers.rank == 0 else 0.0
         (step_s,) = self._peers.sum([mine])
         self._asked_step, self._asked_at = step, now
-        self._next_step = step + max(1, int(ASK_EVERY_S / max(step_s, 1e-3)))
+        # Steps may become slower than they were.
+        self._next_step = step + min(_MOST_STEPS, max(1, int(ASK_EVERY_S / max(step_s, 1e-3))))
         nodes = set(info.preempted_node_ids) if info else set()
         new = nodes - self._known
         self._known |= nodes

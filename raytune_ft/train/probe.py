@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.lora import add_lora, remove_lora
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.models import decoder_start_id, task_of
+from raytune_ft.quantise import is_divided
 from raytune_ft.spec import LoraSpec
 from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens, assemble
 from raytune_ft.train.forward import forward_of
@@ -47,6 +48,9 @@ def check_isolation(model: "PreTrainedModel", *, packed: bool) -> None:
     try:
         logits_NV = forward.project(forward.learned(arrangement.batch(rows, pad_id).to(device)))
     except ValueError as error:
+        if is_divided(model) and not distributed.is_initialized():
+            # Another worker was lost, and Ray took the group away.
+            raise
         raise ModelError(f"{type(model).__name__} takes no rows side by side: {error}") from None
     together = torch.split(logits_NV, [len(logits) for logits in alone])
     largest = max(float(logits.abs().max()) for logits in alone)

@@ -122,14 +122,23 @@ class Run:
 
         Args:
             inputs: fingerprint of the data's objects and the base.
+
+        Raises:
+            StorageError: the store failed, or what stands there is no result.
         """
         text = self.storage.read_or_none(_RESULT_FILE)
         if text is None:
             return None
-        kept: dict[str, Any] = json.loads(text)
-        # Older results name all of the job.
-        same = kept["job"] in (asked_of(self.job), digest(self.job.resolved()))
-        return kept["result"] if same and kept["inputs"] == inputs else None
+        try:
+            kept = json.loads(text)
+            result: dict[str, Any] = kept["result"]
+            # Older results name all of the job.
+            same = kept["job"] in (asked_of(self.job), digest(self.job.resolved()))
+            return result if same and kept["inputs"] == inputs else None
+        except (ValueError, KeyError, TypeError):
+            raise StorageError(
+                f"{self.storage.uri}/{_RESULT_FILE}: not the result of a run; remove it, and run again"
+            ) from None
 
     def finish(self, result: dict[str, Any], inputs: str) -> None:
         """Remember the result, so that the same command need not train again."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from raytune_ft.errors import OutOfMemory
 from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.planner import bucket_elements
-from raytune_ft.quantise import is_divided
+from raytune_ft.quantise import is_divided, whole_shape
 from raytune_ft.spec import ClusterSpec, OptimizerSpec
 from raytune_ft.train.batch import Batch
 from raytune_ft.train.engine import Block, Snapshot, pass_number, pass_seed, peak_memory_bytes
 from raytune_ft.train.export import export_full, gathered
+from raytune_ft.train.faults import is_out_of_memory
 from raytune_ft.train.forward import forward_of
 from raytune_ft.train.loss import chunk_tokens, chunked_cross_entropy, cross_entropy_sum, sums_by_group
 from raytune_ft.train.optimizers import make_optimizer
@@ -186,6 +187,7 @@ class ShardedEngine:
         self.slot = 0
         self.shares_passes = False
         self.tokens_per_pass = 0
+        self._vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
         if "bf16" in config and is_divided(model):
             # What was added to a divided model has to have its dtype: else DeepSpeed fails where it trains
             # some of its weights too. Others it casts itself.
@@ -211,8 +213,11 @@ class ShardedEngine:
 
         Raises:
             OutOfMemory: the device's memory does not hold the pass.
+            DataError: a token is none of the base's.
         """
         (block,) = blocks
+        if (failure := block.batch.unknown_token(self._vocabulary)) is not None:
+            raise failure
         torch.manual_seed(pass_seed(self.seed, pass_number(block.step, block.forward)))
         self.deepspeed.train()
         try:
@@ -222,10 +227,12 @@ class ShardedEngine:
             scale = self.peers.count / torch.tensor(block.divisor, dtype=torch.float32, device=self.device)
             objective, loss_N = self.deepspeed(batch=batch, scale=scale)
             self.deepspeed.backward(objective, scale_wrt_gas=False)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(
-                f"step {block.step}: {batch.input_ids_BT.numel()} tokens in a forward pass do not fit the "
-                "device; use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true "
+                f"step {block.step}: {block.batch.input_ids_BT.numel()} tokens in a forward pass do not fit "
+                "the device; use a smaller batch.sequences_per_worker or model.gradient_checkpointing: true "
                 f"({error})"
             ) from None
         return [sums_by_group(loss_N, batch.group_N, block.sources).tolist()]
@@ -249,6 +256,8 @@ class ShardedEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """See `Engine.evaluate`."""
+        if (failure := batch.unknown_token(self._vocabulary)) is not None:
+            raise failure
         self.deepspeed.eval()
         return float(self.deepspeed(batch=batch.to(self.device), scale=None))
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 OUTAGE_S = 600.0
 """A store that is away for longer ends the run. Training goes on meanwhile, so there is time."""
 _PAUSE_S = 5.0
-_BEGIN_S = 60.0
-"""An upload that has not begun by then never will: a thread waits for each."""
+_BEGIN_S = OUTAGE_S
+"""An upload that has not begun by then never will. Ray has one thread for them, in which it also waits to be
+heard: that may take as long as a store is away."""
 
 
 @dataclass(frozen=True)

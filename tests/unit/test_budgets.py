@@ -1,6 +1,7 @@
 """What is said of a run that Ray Train ended."""
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -50,6 +51,12 @@ GOES_ON = "the same command goes on from the last checkpoint"
             f"Ray Train could not go on: no list; {GOES_ON}",
         ),
         (ControllerError(StorageFull("the disk is full")), StorageFull, "the disk is full"),
+        (
+            ControllerError(EndpointConnectionError(endpoint_url="http://me:pa/ss@store:9000/b?x=1")),
+            StorageError,
+            'Ray Train could not go on: Could not connect to the endpoint URL: "http://store:9000/b?x=1"; '
+            f"{GOES_ON}",
+        ),
     ],
 )
 def test_the_budget_that_was_spent(error: BaseException, kind: type[Exception], said: str) -> None:

@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from raytune_ft.errors import DataError
 from raytune_ft.evaluate.generate import answer, stop_token_ids
 
 TOKENIZER = tiny.tokenizer()
@@ -140,3 +141,13 @@ def test_the_settings_of_the_base_are_as_they_were() -> None:
     answers(model, prompts(4))
     assert model.generation_config is before
     assert before.temperature == 0.3
+
+
+def test_a_token_that_the_base_does_not_know_is_no_crash() -> None:
+    model = tiny.llama()
+    known = model.config.vocab_size
+    for token in (known, -1):
+        with pytest.raises(
+            DataError, match=rf"makes token {token}, and the base has embeddings for 0 to {known - 1}"
+        ):
+            answers(model, [[5, 6], [7, token, 8]])

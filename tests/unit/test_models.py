@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,10 +135,15 @@ class TestFolder:
 
 class TestDigest:
     def test_the_same_for_every_copy(self, base: Path, saved: Path) -> None:
-        assert base_digest(base) == base_digest(saved) == base_identity(str(base))
         (base / "model.safetensors").touch()
         (base / "README.md").write_text("Not part of what a model computes.")
         assert base_digest(base) == base_digest(saved)
+        assert base_identity(str(base)) == base_identity(str(saved))
+
+    def test_another_tokenizer_is_another_base(self, base: Path, saved: Path) -> None:
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        assert base_digest(base) == base_digest(saved)
+        assert base_identity(str(base)) != base_identity(str(saved))
 
     @pytest.mark.parametrize("cached", [False, True])
     def test_of_the_hub_the_revision_whatever_is_in_the_cache(
@@ -340,3 +346,18 @@ class TestRemoteCode:
         trusting = spec(base).model_copy(update={"trust_remote_code": True})
         refusal(lambda: load_base(trusting, device=CPU))
         assert mark.exists()
+
+
+@pytest.mark.parametrize("said", ["[gloo] Connection closed by peer", "the process group was taken away"])
+def test_a_worker_that_is_lost_while_a_base_is_divided_is_no_fault_of_the_base(
+    saved: Path, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lose)
+    # Without a process group any error may be that of a worker whose group is gone.
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        load_base(spec(saved), device=None)
+    with pytest.raises(ModelError, match="the model does not load"):
+        load_base(spec(saved), device=CPU)

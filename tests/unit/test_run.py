@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from stores import InterruptedStorage, WrappedStorage
 
-from raytune_ft.errors import DataError, ModelError
+from raytune_ft.errors import DataError, ModelError, StorageError
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.storage import FolderStorage
 from raytune_ft.train.run import Run, RunState, digest
@@ -217,3 +217,13 @@ def test_who_comes_late_clears_nothing_that_another_has_begun(tmp_path: Path) ->
     state = ours.begin("data", "base")
     assert theirs.storage.read_or_none("kept/theirs.json") is not None
     assert state == theirs.begin("data", "base")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"job": "x"}'])
+def test_a_damaged_result_is_named(tmp_path: Path, content: bytes) -> None:
+    run = Run(job(tmp_path))
+    run.storage.write("result.json", content)
+    with pytest.raises(
+        StorageError, match=r"result\.json: not the result of a run; remove it, and run again"
+    ):
+        run.finished("inputs")

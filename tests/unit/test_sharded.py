@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from raytune_ft.data.pack import share
+from raytune_ft.errors import DataError
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods import METHODS
 from raytune_ft.models import load_base, load_tokenizer
@@ -212,6 +213,13 @@ def train(case: Case, base: Path, folder: Path, peers: Peers) -> dict[str, Any]:
 def blow_up(stage: int, base: Path, peers: Peers) -> tuple[float, bool]:
     """The norm that is told where one worker's gradient is not finite, and whether the weights stand."""
     engine = new_engine(Case(stage), base, peers)
+    unknown = LAYOUT.batches([Tokens(np.array([5, 320]), np.array([False, True]))])[0]
+    for refuse in (
+        lambda: engine.accumulate([Block(engine, unknown, 1, forward=0, divisor=1, sources=1)]),
+        lambda: engine.evaluate(unknown),
+    ):
+        with pytest.raises(DataError, match="makes token 320, and the base has embeddings for 0 to 319"):
+            refuse()
     run(engine, peers, 0, 1)
     before = whole(engine)
     (batch, *_) = LAYOUT.batches(step_examples(0))
