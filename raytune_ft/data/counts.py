@@ -197,9 +197,11 @@ def check_counts(survey: Survey, data: DataSpec, quarantine: str | None) -> Data
 
 def _check_sources(survey: Survey, data: DataSpec) -> None:
     for at, source in enumerate(data.sources):
-        extent = survey.extent(at)
         # Of a source that was not read as a whole, the rest may have records.
-        if extent or any(report.counts.records for report in survey.read(at)):
+        unread = survey.extent(at) and any(
+            survey.windows[number].size_bytes for number in survey.numbers.get(at, ())
+        )
+        if unread or any(report.counts.records for report in survey.read(at)):
             continue
         objects = sum(survey.windows[number].part == 0 for number in survey.numbers.get(at, ()))
         files = "the file is empty" if objects == 1 else f"all {objects} files are empty"

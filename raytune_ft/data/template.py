@@ -6,6 +6,7 @@ A template gives segments. What the model is given is not learned; what it answe
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -268,11 +269,24 @@ class ChatTemplate:
         return Segment(stripped if marked else rendered, learned=True, ends_turn=marked)
 
 
-def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """A chat template's text as `apply_chat_template` renders it: the same sandbox, filters and functions."""
-    # This module of transformers comes without torch; it is imported where a chat template is used.
-    from transformers.utils.chat_template_utils import render_jinja_template
+_DATE = datetime(2024, 7, 26)
 
+
+def _date(form: str) -> str:
+    """What templates that begin with the date get: else the same data had other tokens each day."""
+    return _DATE.strftime(form)
+
+
+def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
+    """A chat template's text as `apply_chat_template` renders it: the same sandbox, filters and functions.
+
+    But for the clock: a template that asks for the date gets the same one always.
+    """
+    # This module of transformers comes without torch; it is imported where a chat template is used.
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+    # It compiles each template once, and takes no functions as variables.
+    _compile_jinja_template(source).environment.globals["strftime_now"] = _date
     rendered = render_jinja_template(conversations=[messages], chat_template=source, **variables)
     text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
     return text

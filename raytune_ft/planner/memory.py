@@ -13,7 +13,7 @@ LOGITS_CHUNK_TOKENS = 1024
 _MASTER_BYTES = 4
 """Of a float32 copy of a weight, or of a gradient that is added up in float32."""
 _LIVE_PARAMETERS = 10**9
-"""Weights that DeepSpeed's stage 3 keeps gathered at a time, unless the largest layer has more."""
+"""Weights that DeepSpeed's stage 3 keeps gathered at a time, unless what it needs at once is more."""
 _BUCKETS = 3
 """Gathered, on their way, and being filled."""
 _SUM_BYTES = 64 << 20
@@ -194,11 +194,17 @@ def _workspace(facts: ModelFacts, job: JobSpec, sharding: Sharding, resident: st
     packed = job.model.weight_bits == 8 or (job.model.weight_bits == 4 and resident == "packed")
     dequantised = facts.hidden * max(facts.intermediate, facts.attention) * size if packed else 0
     if sharding.stage:
-        gathered = min(facts.parameters, _LIVE_PARAMETERS) * size if sharding.stage == 3 else 0
+        gathered = _gathered_parameters(facts) * size if sharding.stage == 3 else 0
         # Gradients travel in float32.
         return head + dequantised + gathered + _BUCKETS * bucket_elements(trainable) * _MASTER_BYTES
     summed = min(_MASTER_BYTES * trainable, _SUM_BYTES) if sharding.workers > 1 else 0
     return head + dequantised + summed
+
+
+def _gathered_parameters(facts: ModelFacts) -> int:
+    """Weights that stage 3 holds whole at a time: the head, through a pass, and a layer beside it."""
+    layer = (facts.parameters - facts.embedding_parameters) // facts.layers
+    return min(facts.parameters, max(_LIVE_PARAMETERS, facts.vocabulary * facts.hidden + layer))
 
 
 def _trains_head(facts: ModelFacts, job: JobSpec) -> bool:

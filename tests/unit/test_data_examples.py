@@ -373,7 +373,8 @@ def test_what_somebody_else_put_into_a_cache(changes: dict[str, Any]) -> None:
 def sampled(data: DataSpec, windows: int) -> Survey:
     """A survey of the first of many windows that are alike."""
     _, found = survey(data)
-    alike = [replace(found.windows[0], part=part) for part in range(windows)]
+    first = found.windows[0]
+    alike = [replace(first, part=part, size_bytes=max(1, first.size_bytes)) for part in range(windows)]
     return Survey(alike, {0: found.reports[0]})
 
 
@@ -410,3 +411,13 @@ def test_messages_about_a_sample_say_so(
     data = spec(write(tmp_path, "a.jsonl", records), **values)
     with pytest.raises(DataError, match=message):
         check_counts(sampled(data, 10), data, None)
+
+
+def test_very_many_empty_files_beside_large_data(tmp_path: Path) -> None:
+    data = spec(write(tmp_path, "large.jsonl", GOOD), str(tmp_path))
+    large = [Window(0, 0, part, "bytes", part, part + 1, 1 << 20, "jsonl") for part in range(100)]
+    empty = [Window(at, 1, 0, "bytes", 0, 0, 0, "jsonl") for at in range(1, 301)]
+    read = {at: WindowReport(Counts(records=1, train=1)) for at in range(8)}
+    read |= {at: WindowReport(Counts()) for at in range(100, 356)}
+    with pytest.raises(DataError, match=r"data.sources\[1\].* no records; all 300 files are empty"):
+        check_counts(Survey([*large, *empty], read), data, None)

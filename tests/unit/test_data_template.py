@@ -286,3 +286,7 @@ def test_chat_template_that_cannot_be_sliced(source: str, reason: str) -> None:
     with pytest.raises(Malformed) as raised:
         ChatTemplate(source, {}).render(chat)
     assert str(raised.value) == reason
+
+
+def test_a_chat_template_that_asks_for_the_date_gets_the_same_each_day() -> None:
+    assert render_chat("{{ strftime_now('%d %b %Y') }}", MESSAGES) == "26 Jul 2024"

@@ -347,6 +347,29 @@ class TestMemory:
         assert {term for term in base if wider[term] > base[term]} == {"weights", "gradients", "optimizer"}
         assert all(longer[term] >= base[term] <= wider[term] for term in base)
 
+    def test_stage_3_holds_the_head_beside_a_layer(self) -> None:
+        wide = {
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "intermediate_size": 28672,
+            "tie_word_embeddings": False,
+        }
+
+        def workspace(vocabulary: int) -> int:
+            shape = facts(num_attention_heads=64, num_key_value_heads=8, vocab_size=vocabulary, **wide)
+            spec = job(
+                model={"path": "x", "weight_bits": 16},
+                method={"kind": "lora"},
+                cluster={"workers": 8, "zero_stage": 3},
+                batch={"sequences": 8},
+            )
+            return memory_plan(shape, spec, resident="packed", tokens_per_forward=512).workspace
+
+        # Llama 3's vocabulary: a head of 2.1 GB and a layer of 1.7 GB. A small one takes DeepSpeed's limit.
+        assert workspace(128_256) - workspace(1000) == pytest.approx(
+            2 * (128_256 * 8192 + 856e6) - 2e9, rel=0.01
+        )
+
     def test_eight_bit_moments_are_a_quarter(self) -> None:
         plain, small = (
             memory_plan(
