@@ -32,7 +32,7 @@ _LONG_EXAMPLE_TOKENS = 32
 _SAMPLE_INTERVAL_S = 5.0
 """Seldom: a look at gigabytes costs tens of milliseconds, and more beside Ray than beside the others."""
 _LOSS_TOLERANCE = 1e-4
-OURS, BARE, TRL = "raytune_ft", "bare DeepSpeed", "TRL"
+OURS, BARE, BESIDE, TRL = "raytune_ft", "bare DeepSpeed", "bare DeepSpeed beside Ray", "TRL"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Row:
 
 
 def variants(folder: Path, peer_python: str, sequences: int) -> list[Variant]:
-    """Ours and the bare script at two stages, TRL at the one that both have."""
+    """Ours and the bare script at two stages, once beside an idle Ray; TRL at the one that both have."""
 
     def several(python: str, script: str, *options: str) -> tuple[str, ...]:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}")
@@ -99,11 +99,13 @@ def variants(folder: Path, peer_python: str, sequences: int) -> list[Variant]:
     def trl(*options: str) -> tuple[str, ...]:
         return several(peer_python, "trl_sharded_job.py", *options)
 
+    beside = (sys.executable, str(HERE / "beside_ray.py"))
     # A row of each process has about as many tokens as the others have in a step.
     row = ("--row-tokens", str(sequences // WORKERS * _LONG_EXAMPLE_TOKENS))
     return [
         Variant(OURS, "raytune_ft, ZeRO-2", 2, ours(folder, 2)),
         Variant(BARE, "bare DeepSpeed, ZeRO-2", 2, bare(2)),
+        Variant(BESIDE, "bare DeepSpeed, ZeRO-2, beside an idle Ray", 2, (*beside, *bare(2))),
         Variant(OURS, "raytune_ft, ZeRO-3", 3, ours(folder, 3)),
         Variant(BARE, "bare DeepSpeed, ZeRO-3", 3, bare(3)),
         Variant(TRL, "TRL, ZeRO-2, unpacked", 2, trl("--rows", str(sequences // WORKERS))),
