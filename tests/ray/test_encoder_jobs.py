@@ -61,7 +61,8 @@ def test_a_t5_learns_to_answer_and_peft_loads_its_adapter(animals: Path, tmp_pat
     assert answer_prompt(str(tmp_path / "catalog"), "capitals@v1", "q 7", max_new_tokens=4) == "dog"
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_bert_learns_to_classify(animals: Path, tmp_path: Path, kind: str) -> None:
     base = tiny.save_base(tmp_path / "base", tiny.bert(classes=2), words=tiny.wordpiece())
     job = make_job(

@@ -227,6 +227,7 @@ class TestChanged:
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_jobs_of_a_killed_lane_end_with_the_same_bits(
         self, reference: Any, base: Path, tmp_path: Path
     ) -> None:

@@ -106,6 +106,7 @@ def test_a_lost_worker_changes_no_bit(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_workers_see_the_same_batches(
     undisturbed: Any, base: Path, two_sources: Path, tmp_path: Path
 ) -> None:
