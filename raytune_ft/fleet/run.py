@@ -235,7 +235,7 @@ def _train(
     def tell(event: dict[str, Any]) -> None:
         story.notice(event["phase"])
 
-    with ray_session():
+    with ray_session() as own:
         placement = place_lanes(device, plan.fleet.lanes.max, wait_s, tell)
         placement = replace(placement, threads=_threads(home, placement.threads))
         # Beside the driver, with which it ends.
@@ -251,6 +251,9 @@ def _train(
             # At once: the desk is still on its way, as they are.
             lanes.start(min(plan.fleet.lanes.max, queue.counts.get("queued", 0)))
             _follow(desk, lanes, plan.fleet.lanes.max, lease, story, snapshots)
+            if not own:
+                # Those that still wait for room end by themselves.
+                lanes.wait(_LEAVE_S)
         except ray.exceptions.RayError as error:
             raise TrainingError(
                 f"the fleet's desk, a process beside this one, was lost: {cause(error)}; the same command "
@@ -306,8 +309,6 @@ def _follow(desk: Any, lanes: Lanes, most: int, lease: Lease, story: Story, snap
         while story.at_work and time.monotonic() < give_up_at:
             time.sleep(_POLL_S)
             story.take(ray.get(desk.news.remote()))
-    # Those that still wait for room end by themselves.
-    lanes.wait(_LEAVE_S)
 
 
 def check_barren(news: News) -> None:

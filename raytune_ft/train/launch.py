@@ -175,10 +175,14 @@ def _prepare_output(job: JobSpec, output: Path) -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """The cluster that `RAY_ADDRESS` names, or one on this machine for as long as the run lasts."""
+def ray_session() -> Iterator[bool]:
+    """The cluster that `RAY_ADDRESS` names, or one on this machine for as long as the run lasts.
+
+    Yields:
+        Whether the cluster ends with the session, and all that is at work on it.
+    """
     if ray.is_initialized():
-        yield
+        yield False
         return
     # Ray Train looks for the end of the worker this often; its default of 2 s is a large part of a short job.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -198,7 +202,7 @@ def ray_session() -> Iterator[None]:
     # Ray's own handler would leave the run's lease behind.
     _on_sigterm(_interrupt)
     try:
-        yield
+        yield address == "local"
     finally:
         ray.shutdown()
         _on_sigterm(before)
