@@ -1,11 +1,15 @@
 """What several jobs' adapters add to the output of a layer, each job by itself and in grouped products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from raytune_ft.methods.grouped import Groups, grouped_update
+from raytune_ft.methods.sliced import Weights
+
+Update = Callable[[Tensor, Tensor, Sequence[int], Sequence[float], Sequence[Weights | None]], Tensor]
+"""(x_ND, y_NO, where each slice ends, scales, an A and a B of each) → y_NO with all updates."""
 
 
 def one_by_one(
@@ -13,7 +17,7 @@ def one_by_one(
     y_NO: Tensor,
     stops: Sequence[int],
     scales: Sequence[float],
-    weights: Sequence[tuple[Tensor, Tensor] | None],
+    weights: Sequence[Weights | None],
 ) -> Tensor:
     pieces = []
     for start, stop, scale, pair in zip((0, *stops), stops, scales, weights, strict=False):
@@ -27,6 +31,6 @@ def grouped(
     y_NO: Tensor,
     stops: Sequence[int],
     scales: Sequence[float],
-    weights: Sequence[tuple[Tensor, Tensor] | None],
+    weights: Sequence[Weights | None],
 ) -> Tensor:
     return grouped_update(x_ND, y_NO, Groups.of(stops, scales, x_ND.device), weights)

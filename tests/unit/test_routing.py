@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from updates import grouped, one_by_one
+from updates import Update, grouped, one_by_one
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.dropout import token_keys
 from raytune_ft.methods.lora import LoraLinear, add_lora, linear_modules, remove_lora
 from raytune_ft.methods.routing import Route, Share, set_route
+from raytune_ft.methods.sliced import sliced_update
 from raytune_ft.spec import LoraSpec
 
 
@@ -125,8 +126,9 @@ class TestLayers:
         assert list(add_lora(model, SPECS[1], 0, 1)) == list(first)
 
 
+@pytest.mark.parametrize("as_one", [grouped, sliced_update], ids=["grouped", "sliced"])
 @pytest.mark.parametrize("ranks", [[4], [1, 8, 3], [16, None, 2], [None, 5]], ids=str)
-def test_the_grouped_update_equals_one_after_another(ranks: list[int | None]) -> None:
+def test_an_update_in_one_operation_equals_exact_products(ranks: list[int | None], as_one: Update) -> None:
     torch.manual_seed(0)
     sizes = [3, 9, 1][: len(ranks)]
     stops = torch.tensor(sizes).cumsum(0).tolist()
@@ -135,7 +137,7 @@ def test_the_grouped_update_equals_one_after_another(ranks: list[int | None]) ->
     y_NO = torch.randn(stops[-1], 24, dtype=torch.bfloat16)
     pairs = [None if rank is None else (torch.randn(rank, 16), torch.randn(24, rank)) for rank in ranks]
     found = []
-    for update, dtype in ((one_by_one, torch.float32), (grouped, torch.bfloat16)):
+    for update, dtype in ((one_by_one, torch.float32), (as_one, torch.bfloat16)):
         x, y = x_ND.to(dtype).requires_grad_(), y_NO.to(dtype).requires_grad_()
         given = [pair and tuple(w.clone().requires_grad_() for w in pair) for pair in pairs]
         updated = update(x, y, stops, scales, given)  # type: ignore[arg-type]
