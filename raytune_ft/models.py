@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -244,8 +243,6 @@ def load_base(
     transformers_logging.disable_progress_bar()
     # Its report of odd weights goes to a log that nobody may see; they are refused below.
     transformers_logging.set_verbosity_error()
-    # It offers optional kernels on every load.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         config: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
         check_classes(spec, config)

@@ -1,11 +1,34 @@
 """The 4- and 8-bit rules: how a base is quantised, and how its quantised values are held."""
 
+import logging
+import os
 from typing import Any
 
 import torch
 from torch import nn
 
 from raytune_ft.spec import ModelSpec
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without torch's compiler, which takes two seconds.
+
+    It compiles slow replacements of kernels that it has; what is compiled later is so as always.
+    """
+    # It offers optional kernels on every load.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        import bitsandbytes
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
+    return bitsandbytes
 
 
 def whole_shape(parameter: torch.Tensor) -> list[int]:
@@ -29,6 +52,7 @@ def quantisation_config(spec: ModelSpec) -> Any | None:
         return None
     from transformers import BitsAndBytesConfig
 
+    import_bitsandbytes()
     if spec.weight_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -45,8 +69,7 @@ def keep_weights_trainable(model: nn.Module) -> None:
     Its inference path repacks the weights in place at the first forward in eval mode. The packed form has no
     gradient, and `train()` does not undo it: an evaluation before training would silently stop the learning.
     """
-    import bitsandbytes as bnb
-
+    bnb = import_bitsandbytes()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -54,14 +77,12 @@ def keep_weights_trainable(model: nn.Module) -> None:
 
 def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace each 4-bit layer by a plain one that holds the same, already rounded, values in `dtype`."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit
-
+    bnb = import_bitsandbytes()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, bnb.nn.Linear4bit):
                 continue
-            weight = dequantize_4bit(child.weight.data, child.weight.quant_state).to(dtype)
+            weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state).to(dtype)
             plain = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(
                 weight.view(child.out_features, child.in_features), requires_grad=False

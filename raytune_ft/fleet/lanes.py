@@ -14,7 +14,6 @@ import ray.train
 from ray._private.state import state as cluster_state
 from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from raytune_ft.errors import DeviceFailed, RaytuneError, RunHeld, StorageError, TrainingError
@@ -23,9 +22,9 @@ from raytune_ft.fleet.desk import Cause, Stepped, Taken
 from raytune_ft.spec import ClusterSpec
 from raytune_ft.storage import arrow_filesystem, join_uri, open_storage
 from raytune_ft.train.budgets import cause
-from raytune_ft.train.launch import start_fit
 from raytune_ft.train.placement import Placement, place
 from raytune_ft.train.room import TOLD_AFTER_S, Tell, find_room
+from raytune_ft.train.trainer import Trainer, start_fit
 
 LANES = "lanes/"
 """What Ray Train writes of a lane's run; nothing of it is ever read."""
@@ -47,12 +46,11 @@ class LaneOrder:
     cache: bool
 
 
-def lane_worker(config: dict[str, LaneOrder]) -> RaytuneError | None:
+def lane_worker(order: LaneOrder) -> RaytuneError | None:
     """Entry for Ray Train. Errors are returned: what Ray would make of them says less."""
     # Driver and controller unpickle what stands in this module, and have no use for torch.
     from raytune_ft.fleet.lane import Lane
 
-    order = config["lane"]
     try:
         Lane(
             order.name,
@@ -191,14 +189,23 @@ class Lanes:
     """
 
     def __init__(
-        self, desk: Any, placement: Placement, fleet_uri: str, channel: str, cache: bool, tell: Tell
+        self,
+        desk: Any,
+        placement: Placement,
+        fleet_uri: str,
+        channel: str,
+        *,
+        cache: bool,
+        own_cluster: bool,
+        tell: Tell,
     ) -> None:
-        """Start none yet; see `LaneOrder` for what they are told."""
+        """Start none yet; see `LaneOrder` for what they are told, and `Trainer` for `own_cluster`."""
         self._desk = desk
         self._placement = placement
         self._fleet_uri = fleet_uri
         self._channel = channel
         self._cache = cache
+        self._own_cluster = own_cluster
         self._tell = tell
         self._runs: list[_Run] = []
         self._numbers = count(1)
@@ -261,9 +268,10 @@ class Lanes:
         name = f"lane-{next(self._numbers)}"
         order = LaneOrder(name, self._desk, self._placement, self._fleet_uri, self._channel, self._cache)
         filesystem, path = arrow_filesystem(join_uri(self._fleet_uri, LANES.rstrip("/")))
-        trainer = DataParallelTrainer(
+        trainer = Trainer(
             lane_worker,
-            train_loop_config={"lane": order},
+            order,
+            own_cluster=self._own_cluster,
             scaling_config=ScalingConfig(
                 num_workers=1,
                 use_gpu=self._placement.use_gpu,

@@ -245,7 +245,7 @@ def _train(
             .options(num_cpus=0, label_selector=here)
             .remote(queue, orders, plan.groups, lease_s=LEASE_S, began_at=story.began_at)
         )
-        lanes = Lanes(desk, placement, home.uri, channel, cache, tell)
+        lanes = Lanes(desk, placement, home.uri, channel, cache=cache, own_cluster=own, tell=tell)
         snapshots = _Snapshots(home)
         try:
             # At once: the desk is still on its way, as they are.

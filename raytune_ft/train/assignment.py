@@ -106,7 +106,7 @@ class Outcome:
     """Malformed records, the first of them."""
 
 
-def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None:
+def train_worker(assignment: Assignment) -> Outcome | RaytuneError | None:
     """Entry for Ray Train; the outcome is the first worker's.
 
     Ray would retry an exception. So a single worker returns an error as a value. One of several notes it
@@ -115,7 +115,6 @@ def train_worker(config: dict[str, Assignment]) -> Outcome | RaytuneError | None
     """
     from raytune_ft.train.worker import run_recipe
 
-    assignment = config["assignment"]
     try:
         return run_recipe(assignment)
     except RaytuneError as error:

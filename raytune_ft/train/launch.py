@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -20,7 +20,6 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train import BackendConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
@@ -41,6 +40,7 @@ from raytune_ft.train.lease import Lease, check_holds, hold
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
 from raytune_ft.train.room import BusyCluster, find_room
 from raytune_ft.train.run import Run, name_inputs
+from raytune_ft.train.trainer import Trainer, start_fit
 
 _QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
@@ -134,7 +134,7 @@ def _train_held(
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
         tokenizer = pool.submit(load_tokenizer, job.model)
-        with ray_session():
+        with ray_session() as own_cluster:
             placement = find_room(job.cluster, wait_s, on_event)
             on_event({"phase": "data"})
             data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
@@ -144,7 +144,8 @@ def _train_held(
             state = run.begin(data.fingerprint, base)
             assignment = Assignment(job, state, TrainingData.of(job, data, others), channel, placement)
             on_event({"phase": "start"})
-            return assignment, _run_workers(assignment, run, lease, output, on_event)
+            outcome = _run_workers(assignment, run, lease, output, on_event, own_cluster=own_cluster)
+            return assignment, outcome
 
 
 def inputs_of(job: JobSpec, base: str) -> str:
@@ -231,11 +232,14 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _run_workers(assignment: Assignment, run: Run, lease: Lease, output: Path, on_event: OnEvent) -> Outcome:
+def _run_workers(
+    assignment: Assignment, run: Run, lease: Lease, output: Path, on_event: OnEvent, *, own_cluster: bool
+) -> Outcome:
     job = assignment.job
-    trainer = DataParallelTrainer(
+    trainer = Trainer(
         train_worker,
-        train_loop_config={"assignment": assignment},
+        assignment,
+        own_cluster=own_cluster,
         scaling_config=ScalingConfig(
             num_workers=job.cluster.elastic or job.cluster.workers,
             use_gpu=assignment.placement.use_gpu,
@@ -273,30 +277,13 @@ def _backend(job: JobSpec) -> BackendConfig:
     return TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S)
 
 
-def _fit(trainer: DataParallelTrainer, meanwhile: Callable[[], None]) -> ray.train.Result:
+def _fit(trainer: Trainer, meanwhile: Callable[[], None]) -> ray.train.Result:
     """Run the trainer; call `meanwhile` again and again until it ends."""
     ended = start_fit(trainer)
     while not ended.done():
         wait([ended], timeout=_POLL_S)
         meanwhile()
     return ended.result()
-
-
-def start_fit(trainer: DataParallelTrainer) -> Future[ray.train.Result]:
-    """Run the trainer in a thread of its own.
-
-    `fit` blocks, and in the main thread it would also take over Ctrl-C.
-    """
-    ended: Future[ray.train.Result] = Future()
-
-    def fit() -> None:
-        try:
-            ended.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
-            ended.set_exception(error)
-
-    threading.Thread(target=fit, name="fit", daemon=True).start()
-    return ended
 
 
 class _Follower:

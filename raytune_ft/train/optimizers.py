@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytune_ft.quantise import whole_shape
+from raytune_ft.quantise import import_bitsandbytes, whole_shape
 from raytune_ft.spec import OptimizerSpec
 
 
@@ -29,8 +29,7 @@ def make_optimizer(
     settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon}
     if spec.kind == "adamw":
         return torch.optim.AdamW(groups, fused=True, **settings)
-    import bitsandbytes as bnb
-
+    bnb = import_bitsandbytes()
     # Paging moves state between a GPU's memory and the host's; on CPU there is one memory.
     paged = paged and spec.kind.startswith("paged") and parameters[0].device.type == "cuda"
     if spec.kind == "paged_adamw_32bit":

@@ -28,7 +28,7 @@ from raytune_ft.fleet.events import (
     LaneStarted,
     Progress,
 )
-from raytune_ft.fleet.run import run_fleet
+from raytune_ft.fleet.run import SETTINGS_FILE, run_fleet
 from raytune_ft.spec import FleetSpec, JobSpec
 from raytune_ft.spec.expand import expand
 from raytune_ft.train.launch import train
@@ -245,6 +245,10 @@ class TestKilled:
         # Long enough for the second lane to find some left.
         jobs = three(tmp_path, steps=250)
         alone = fleet_of(base, tmp_path / "alone", jobs, lanes={"slots": 3})
+        # A fleet keeps the threads that it began with: one lane would take two of this machine, each of two one.
+        settings = tmp_path / "alone" / "fleets" / alone.name / SETTINGS_FILE
+        settings.parent.mkdir(parents=True)
+        settings.write_text('{"threads": 1}')
         assert run(alone, tmp_path / "of-one").ok
         heard = Heard()
         assert run(fleet_of(base, tmp_path / "two", jobs, lanes={"max": 2, "slots": 2}), tmp_path, heard).ok

@@ -53,10 +53,10 @@ def test_it_is_told_and_not_retried(error: Exception, workers: int, monkeypatch:
     given = assignment(workers)
     said = f"the worker failed: {type(error).__name__}: {error}"
     if workers == 1:
-        found = train_worker({"assignment": given})
+        found = train_worker(given)
     else:
         with pytest.raises(TrainingError):
-            train_worker({"assignment": given})
+            train_worker(given)
         found = recorded_failure(given.channel)
     assert (type(found), str(found)) == (TrainingError, said)
 
@@ -69,7 +69,7 @@ def test_what_a_lost_worker_explains_is_left_to_ray(
     monkeypatch.setattr(worker, "run_recipe", raising(error))
     given = assignment(2)
     with pytest.raises(type(error)):
-        train_worker({"assignment": given})
+        train_worker(given)
     assert recorded_failure(given.channel) is None
 
 
@@ -77,5 +77,5 @@ def test_a_worker_whose_group_was_taken_away_is_left_to_ray(monkeypatch: pytest.
     monkeypatch.setattr(worker, "run_recipe", lambda _: distributed.barrier())
     given = assignment(2)
     with pytest.raises(ValueError, match="process group has not been initialized"):
-        train_worker({"assignment": given})
+        train_worker(given)
     assert recorded_failure(given.channel) is None
