@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.errors import ModelError
+from raytune_ft.train.attention import attention
 from raytune_ft.train.batch import Batch
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 _NAME = "sdpa"
 """What transformers calls the attention that is computed here."""
-_NARROW = 128
-"""Up to this width plain products are faster on CPU than torch's own kernel: at 16 tokens three times."""
 
 
 @dataclass(frozen=True)
@@ -141,40 +138,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of each block in its own shape; arguments and result are those of transformers' functions."""
     if not isinstance(attention_mask, _Masks):
-        return _own_attention(module, query, key, value, attention_mask, **settings)
+        return attention(module, query, key, value, attention_mask, **settings)
     blocks = attention_mask.blocks
-    pieces = [_in_blocks(tensor, blocks) for tensor in (query, key, value)]
+    pieces = (_in_blocks(tensor, blocks) for tensor in (query, key, value))
     outputs = [
-        _own_attention(module, *each, mask if mask is None else mask.to(query.dtype), **settings)[0].flatten(
-            0, 1
-        )
-        for *each, mask in zip(*pieces, attention_mask.masks, strict=True)
+        attention(module, q, k, v, mask if mask is None else mask.to(q.dtype), **settings)[0].flatten(0, 1)
+        for q, k, v, mask in zip(*pieces, attention_mask.masks, strict=True)
     ]
     return torch.cat(outputs)[None], None
-
-
-def _own_attention(
-    module: torch.nn.Module, query_BHTD: Tensor, *given: Tensor | None, **settings: Any
-) -> tuple[Tensor, None]:
-    """As torch computes it, by the kernel that suits its width; alone and beside others it is the same."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    narrow = query_BHTD.device.type == "cpu" and query_BHTD.shape[2] <= _NARROW
-    if not narrow or torch.compiler.is_compiling():
-        usual: tuple[Tensor, None] = sdpa_attention_forward(module, query_BHTD, *given, **settings)
-        return usual
-
-    def products(*given: Tensor | None) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            found: Tensor = sdpa_attention_forward(module, *given, **settings)[0]
-        return found
-
-    if not torch.is_grad_enabled():
-        return products(query_BHTD, *given), None
-    # They would keep a score for every two tokens. torch's own kernel makes them again, too.
-    drops = bool(settings.get("dropout"))
-    again: Tensor = checkpoint(products, query_BHTD, *given, use_reentrant=False, preserve_rng_state=drops)
-    return again, None
 
 
 def _in_blocks(tensor_1HND: Tensor, blocks: Sequence[_Block]) -> list[Tensor]:

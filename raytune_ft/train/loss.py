@@ -89,10 +89,13 @@ def _chunk(
         # A multiple, because threads divide the rows among themselves.
         padded = F.pad(piece, (0, 0, 0, -rows % LEAST_ROWS)) if rows % LEAST_ROWS else piece
         logits_NV = project(padded)[:rows]
-    log_probabilities_NV = F.log_softmax(logits_NV.detach(), dim=1, dtype=torch.float32)
-    loss_N = F.nll_loss(log_probabilities_NV, labels_N, reduction="none")
-    # The gradient of the cross-entropies, softmax - one-hot, in the place of what it is made of.
-    gradient_NV = log_probabilities_NV.exp_()
+    gradient_NV = F.softmax(logits_NV.detach(), dim=1, dtype=torch.float32)
+    # The label's log softmax by way of the largest logit, since its own probability may be too small for a
+    # logarithm. torch's `log_softmax` of bfloat16 takes five times as long on CPU.
+    largest_N1, at_N1 = logits_NV.detach().max(dim=1, keepdim=True)
+    own_N1 = logits_NV.detach().gather(1, labels_N[:, None])
+    loss_N = (largest_N1.float() - own_N1.float() - gradient_NV.gather(1, at_N1).log()).squeeze(1)
+    # The gradient of the cross-entropies: softmax - one-hot.
     gradient_NV[torch.arange(rows, device=labels_N.device), labels_N] -= 1.0
     gradient_NV.mul_(weight_N[:, None])
     gradients = torch.autograd.grad(logits_NV, [piece, *wanted], grad_outputs=gradient_NV.to(logits_NV.dtype))
