@@ -245,7 +245,7 @@ class TestKilled:
         # Long enough for the second lane to find some left.
         jobs = three(tmp_path, steps=250)
         alone = fleet_of(base, tmp_path / "alone", jobs, lanes={"slots": 3})
-        # A fleet keeps the threads that it began with: one lane would take two of this machine, each of two one.
+        # A fleet keeps the threads that it began with: one lane would take two here, and each of two one.
         settings = tmp_path / "alone" / "fleets" / alone.name / SETTINGS_FILE
         settings.parent.mkdir(parents=True)
         settings.write_text('{"threads": 1}')
