@@ -16,11 +16,22 @@ def attention(
     key_BGSD: Tensor,
     value_BGSD: Tensor,
     mask: Tensor | None,
+    *,
+    none_blind: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention; arguments and result are those of transformers' functions.
 
     By the kernel that suits the width of its rows: alone and beside others a row has the same.
+
+    Args:
+        module: as `settings`, as transformers gives them.
+        query_BHTD: of H heads.
+        key_BGSD: G divides H; so many heads share keys and values.
+        value_BGSD: as the keys.
+        mask: (B, 1, T, S), which places each place sees, or what is added to their scores.
+        none_blind: the mask leaves each place something to see.
+        settings: of the model.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -45,7 +56,8 @@ def attention(
     bias = _hidden(torch.ones(width, width, dtype=torch.bool).tril_()) if causal else mask
     if bias is not None and bias.dtype == torch.bool:
         bias = _hidden(bias)
-    found: Tensor = _Narrow.apply(query_BHTD, key_BGSD, value_BGSD, bias, causal, scale)  # type: ignore[no-untyped-call]  # torch does not type it
+    none_blind |= bias is None or causal
+    found: Tensor = _Narrow.apply(query_BHTD, key_BGSD, value_BGSD, bias, none_blind, scale)  # type: ignore[no-untyped-call]  # torch does not type it
     return found, None
 
 
@@ -64,13 +76,13 @@ class _Narrow(torch.autograd.Function):
         key_BGSD: Tensor,
         value_BGSD: Tensor,
         bias: Tensor | None,
-        causal: bool,
+        none_blind: bool,
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(query_BHTD, key_BGSD, value_BGSD, bias)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.none_blind, ctx.scale = none_blind, scale
         q, k, v = (_by_group(tensor, key_BGSD) for tensor in (query_BHTD, key_BGSD, value_BGSD))
-        p = _probabilities(q * scale, k, bias, query_BHTD, causal)
+        p = _probabilities(q * scale, k, bias, query_BHTD, none_blind)
         found_BHTD = torch.bmm(p, v).view(*query_BHTD.shape[:3], value_BGSD.shape[-1])
         return _laid_out(found_BHTD.transpose(1, 2), query_BHTD.dtype)
 
@@ -80,7 +92,7 @@ class _Narrow(torch.autograd.Function):
         given = (gradients[0].transpose(1, 2), query_BHTD, key_BGSD, value_BGSD)
         g, q, k, v = (_by_group(tensor, key_BGSD) for tensor in given)
         q = q * ctx.scale
-        p = _probabilities(q, k, bias, query_BHTD, ctx.causal)
+        p = _probabilities(q, k, bias, query_BHTD, ctx.none_blind)
         of_v = torch.bmm(p.mT, g)
         # Of a softmax: p · (g - Σ g·p), here of the products with the values.
         of_p = torch.bmm(g, v.mT)
@@ -100,13 +112,13 @@ def _by_group(tensor: Tensor, key_BGSD: Tensor) -> Tensor:
     return _laid_out(tensor, torch.float32).view(key_BGSD.shape[0] * key_BGSD.shape[1], -1, tensor.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, query_BHTD: Tensor, causal: bool) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, query_BHTD: Tensor, none_blind: bool) -> Tensor:
     """What each row takes of each value, in the shape of the scores."""
     scores = torch.bmm(q, k.mT)
     scores_BHTS = scores.view(*query_BHTD.shape[:3], -1)
     if bias is not None:
         scores_BHTS += bias
-    # A mask may hide all from a row, which then takes nothing.
-    softmax = torch.softmax if causal or bias is None else torch._safe_softmax
+    # Who sees nothing takes nothing.
+    softmax = torch.softmax if none_blind else torch._safe_softmax
     found: Tensor = softmax(scores_BHTS, -1)
     return found.view_as(scores)

@@ -45,6 +45,10 @@ class _Masks:
     masks: Sequence[Tensor | None]
     """Of each block (B, 1, T, T), what is added to the scores; None: a token sees what stands before it."""
 
+    def of_type(self, dtype: torch.dtype) -> Iterator[Tensor | None]:
+        """The masks for queries of that type, which need not be the model's."""
+        return (None if mask is None else mask.to(dtype) for mask in self.masks)
+
 
 def attend_here() -> None:
     """Let transformers ask here for the attention of all models in this process.
@@ -142,8 +146,8 @@ def _attention(
     blocks = attention_mask.blocks
     pieces = (_in_blocks(tensor, blocks) for tensor in (query, key, value))
     outputs = [
-        attention(module, q, k, v, mask if mask is None else mask.to(q.dtype), **settings)[0].flatten(0, 1)
-        for q, k, v, mask in zip(*pieces, attention_mask.masks, strict=True)
+        attention(module, q, k, v, mask, none_blind=True, **settings)[0].flatten(0, 1)
+        for q, k, v, mask in zip(*pieces, attention_mask.of_type(query.dtype), strict=True)
     ]
     return torch.cat(outputs)[None], None
 
