@@ -1,6 +1,6 @@
 """Run a command beside the processes that Ray keeps for a run, which do nothing: what do they cost?
 
-A run of Ray Train on one machine has five actors beside its workers, and each process wakes a hundred times a
+A run on a cluster of its own has two actors beside its workers, and each process wakes a hundred times a
 second to look for signals.
 """
 
@@ -9,8 +9,8 @@ import sys
 
 import ray
 
-_ACTORS = 5
-"""Controller, placement group cleaner, synchronisation, data sets, autoscaling."""
+_ACTORS = 2
+"""Controller and synchronisation."""
 
 
 @ray.remote(num_cpus=0)

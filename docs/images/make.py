@@ -2,15 +2,14 @@
 
 Usage: .venv/bin/python docs/images/make.py
 
-Takes as long as `make demo`, and needs chromium. DEMO names the folder that the demo works in, which the
-pictures show; /tmp/ft-demo where it is not set.
+Takes as long as `make demo`. Needs tests/chromium/install.sh to have been run, or chromium installed. DEMO
+names the folder that the demo works in, which the pictures show; /tmp/ft-demo where it is not set.
 """
 
 import fcntl
 import os
 import pty
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -24,8 +23,13 @@ from rich.text import Text
 
 IMAGES = Path(__file__).parent
 ROOT = IMAGES.parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from chromium.browser import run_chromium  # noqa: E402  after the tests' folder is on the path
+
 COLUMNS, ROWS = 112, 50
-FIRST_SHOWN = "3 of 4"
+WIDTH, HEIGHT = 1120, 1205
+FIRST_SHOWN = "3 of 5"
 """The demo's headline from which its terminal is shown: what comes before looks much the same."""
 _CONTROL = re.compile(
     r"\x1b\[(?P<count>\d*)(?P<letter>[AK])|\x1b\[\?25[hl]|\r|\n|(?P<text>(?:\x1b\[[\d;]*m|[^\x1b\r\n])+)"
@@ -85,14 +89,10 @@ def draw_terminal(lines: list[str], path: Path) -> None:
 
 def photograph(page: Path, path: Path) -> None:
     """The top of a page as chromium shows it."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        raise SystemExit("docs/images/make.py: chromium is not installed")
-    with tempfile.TemporaryDirectory() as profile:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-        options += ["--disable-background-networking", f"--user-data-dir={profile}"]
-        options += ["--window-size=1120,1205", f"--screenshot={path}", page.as_uri()]
-        subprocess.run([chromium, *options], check=True, capture_output=True, timeout=120)  # noqa: S603  found above
+    with tempfile.TemporaryDirectory() as folder, run_chromium(Path(folder)) as browser:
+        browser.emulate(WIDTH, HEIGHT, scheme="light")
+        browser.open(page.as_uri())
+        path.write_bytes(browser.screenshot())
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
     lines = final_lines(written)
     first = next(at for at, line in enumerate(lines) if FIRST_SHOWN in line)
     draw_terminal(lines[first:], IMAGES / "train.svg")
-    photograph(demo / "runs" / "subtraction" / "report.html", IMAGES / "report.png")
+    photograph(demo / "runs" / "fleet" / "report.html", IMAGES / "report.png")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ STREAM_BYTES = 64 << 20
 SEGMENT_WINDOWS = 2000
 """Windows of one execution, so that the plan of it stays small however much data there is."""
 _TASK_WINDOWS = 64
-_TASK_BYTES = 4 << 20
-_SHORT_TASKS = 8
+_TASK_BYTES = 12 << 20
+"""Of the data that a task reads. Between two of them a core waits for the process that runs the execution."""
 Contents = Generator[tuple[int, pa.Buffer], None, None]
 """Places of windows with their contents. Closing it ends the execution."""
 _ROW = pa.schema([("window", pa.int64()), ("content", pa.large_binary()), ("failure", pa.binary())])
@@ -76,15 +76,16 @@ def _segment(begin: int, windows: Sequence[Window], reader: WindowReader) -> Con
 def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
     # It would say, among other things, that it shows no progress bars.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    groups = _groups(windows)
+    # Tasks ask for less than they use, to find room beside training; there are no more of them than CPUs.
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+    groups = groups_of([window.size_bytes for window in windows], at_once)
     # Other sources have tasks of their own that want a whole CPU, which training may not leave.
     numbered = [{"id": group} for group in range(len(groups))]
     dataset = ray.data.from_items(numbered, override_num_blocks=len(groups)).map_batches(
         partial(_read_windows, windows=tuple(windows), groups=groups, reader=reader),
         batch_size=None,
         num_cpus=cluster_task_cpus(),
-        # Tasks ask for less than they use, to find room beside training; there are no more of them than CPUs.
-        concurrency=max(1, min(len(groups), int(ray.cluster_resources().get("CPU", 1.0)))),
+        concurrency=max(1, min(len(groups), at_once)),
     )
     options = dataset.context.execution_options
     options.preserve_order = True
@@ -93,19 +94,28 @@ def _dataset(windows: Sequence[Window], reader: WindowReader) -> "Dataset":
     return dataset
 
 
-def _groups(windows: Sequence[Window]) -> tuple[range, ...]:
+def groups_of(sizes_bytes: Sequence[int], at_once: int) -> tuple[range, ...]:
     """Places that follow each other and that one task reads: starting a task takes as long as reading a small
-    window. The first are short, since somebody waits for them."""
+    window. They are short at the beginning, where somebody waits for the first, and at the end, where others
+    would wait for the last.
+
+    Args:
+        sizes_bytes: of the windows.
+        at_once: tasks that run side by side.
+    """
     groups: list[range] = []
-    size_bytes = 0
-    for place, window in enumerate(windows):
-        size_bytes += window.size_bytes
-        limit_bytes = WINDOW_BYTES if len(groups) <= _SHORT_TASKS else _TASK_BYTES
+    before_bytes, left_bytes, size_bytes = 0, sum(sizes_bytes), 0
+    for place, window_bytes in enumerate(sizes_bytes):
+        size_bytes += window_bytes
+        share_bytes = min(before_bytes // at_once, left_bytes // (2 * at_once))
+        limit_bytes = min(max(share_bytes, WINDOW_BYTES), _TASK_BYTES)
         if groups and size_bytes <= limit_bytes and len(groups[-1]) < _TASK_WINDOWS:
             groups[-1] = range(groups[-1].start, place + 1)
         else:
             groups.append(range(place, place + 1))
-            size_bytes = window.size_bytes
+            before_bytes += size_bytes - window_bytes
+            left_bytes -= size_bytes - window_bytes
+            size_bytes = window_bytes
     return tuple(groups)
 
 
