@@ -165,7 +165,7 @@ def headline(
         trained_s = sum(span.end_s - span.begin_s for lane in lanes for span in lane.spans)
         held_s = sum(lane.end_s - lane.begin_s for lane in lanes)
         together = f"{trained_s / held_s:.1f} jobs at a time on each" if held_s else ""
-        figures.append((f"{len(lanes):,}", "lanes", together))
+        figures.append((f"{len(lanes):,}", "lane" if len(lanes) == 1 else "lanes", together))
     figures.append((duration_text(result.seconds), "in all", ""))
     return figures
 
