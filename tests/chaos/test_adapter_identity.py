@@ -186,12 +186,13 @@ def cross_losses(
 
 
 @pytest.mark.parametrize(
-    ("read", "base_steps", "steps"),
-    [(translations, 400, 200), (countries, 250, 120)],
+    ("read", "base_steps", "steps", "margin"),
+    # Of a country that was held out nobody can know the capital, only what capitals look like.
+    [(translations, 400, 200, 0.1), (countries, 250, 50, 0.02)],
     ids=["words", "countries"],
 )
 def test_each_adapter_is_the_best_at_its_own_task(
-    shared_data: Path, tmp_path: Path, read: Any, base_steps: int, steps: int
+    shared_data: Path, tmp_path: Path, read: Any, base_steps: int, steps: int, margin: float
 ) -> None:
     train, held = divided(with_the_same_inputs(read(shared_data)))
     assert min(map(len, held.values())) >= 20
@@ -203,4 +204,4 @@ def test_each_adapter_is_the_best_at_its_own_task(
         own = losses[task][task]
         assert math.isfinite(own)
         for other in held.keys() - {task}:
-            assert own < losses[other][task] - 0.1, (task, other, losses)
+            assert own < losses[other][task] - margin, (task, other, losses)
