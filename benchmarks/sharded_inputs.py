@@ -16,7 +16,8 @@ from raytune_ft.data.counts import Counts
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.data.order import plan_course
 from raytune_ft.data.prepare import prepare
-from raytune_ft.models import load_tokenizer, model_folder, read_facts
+from raytune_ft.model_files import model_folder, read_facts
+from raytune_ft.models import load_tokenizer
 from raytune_ft.planner import bucket_elements, trainable_parameters
 from raytune_ft.spec import JobSpec, read_job
 from raytune_ft.train.assignment import TrainingData

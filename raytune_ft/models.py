@@ -1,11 +1,7 @@
-"""Base models and tokenizers from a folder, a bucket or the Hub. Weights come from safetensors only."""
+"""Base models and tokenizers, loaded. Weights come from safetensors only."""
 
-import fcntl
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +10,8 @@ import numpy as np
 
 from raytune_ft.classes import check_classes, check_head, classes_config
 from raytune_ft.errors import DataError, ModelError
-from raytune_ft.planner import ModelFacts
+from raytune_ft.model_files import model_folder
 from raytune_ft.spec import ModelSpec
-from raytune_ft.storage import local_path, open_storage
 
 if TYPE_CHECKING:
     import torch
@@ -26,167 +21,8 @@ if TYPE_CHECKING:
 Task = Literal["causal", "seq2seq", "classification"]
 """What a model does: continue a text, answer a text that an encoder read, or name the class of a text."""
 
-_WEIGHTS = ".safetensors"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_DESCRIPTION = (".json", ".model", ".txt", ".jinja")
-_SAMPLE_BYTES = 64 * 1024
 _LOST_WORKER = ("gloo", "Gloo", "NCCL", "onnection closed by peer", "onnection reset by peer")
 """What a collective says whose other side is gone."""
-_SAMPLES = 64
-
-
-def model_folder(path: str, *, weights: bool = True) -> Path:
-    """A local folder with the model: as it is, copied from the bucket, or the Hub's snapshot.
-
-    Copies are kept in `$RAYTUNE_CACHE` (default `~/.cache/raytune_ft`) under the objects' etags.
-
-    Args:
-        path: a folder, `file://`, `s3://` or a Hub id.
-        weights: False leaves the weights where they are: enough for the config and the tokenizer.
-
-    Raises:
-        ModelError: there is no such model, or it holds no safetensors.
-        StorageError: the bucket cannot be read.
-    """
-    if path.startswith("s3://"):
-        return _from_bucket(path, weights)
-    if _is_folder(path):
-        folder = local_path(path).expanduser()
-        if not folder.is_dir():
-            raise ModelError(f"model.path = {path}: no such folder")
-        check_files(path, [file.name for file in folder.iterdir()])
-        return folder
-    return _from_hub(path, weights)
-
-
-def _is_folder(path: str) -> bool:
-    """Whether a model's path means this machine's disk, and neither a bucket nor the Hub."""
-    return path.startswith("file://") or Path(path).expanduser().exists()
-
-
-def check_files(path: str, names: Iterable[str]) -> None:
-    """Refuse a folder that is no model, or has only pickled weights.
-
-    Raises:
-        ModelError: says which file is missing or refused.
-    """
-    found = sorted(names)
-    if "config.json" not in found:
-        raise ModelError(f"model.path = {path}: no config.json; name the folder that holds the model's files")
-    if any(name.endswith(_WEIGHTS) for name in found):
-        return
-    pickled = [name for name in found if name.endswith(_PICKLED)]
-    if pickled:
-        raise ModelError(
-            f"model.path = {path}: only pickled weights ({', '.join(pickled)}), "
-            "which can run code when loaded; convert them with save_pretrained(safe_serialization=True)"
-        )
-    raise ModelError(f"model.path = {path}: no .safetensors file")
-
-
-def _wanted(weights: bool) -> tuple[str, ...]:
-    return (*_DESCRIPTION, _WEIGHTS) if weights else _DESCRIPTION
-
-
-def _from_bucket(uri: str, weights: bool) -> Path:
-    storage = open_storage(uri)
-    objects = [found for found in storage.list() if "/" not in found.key]
-    check_files(uri, [found.key for found in objects])
-    identity = "\n".join(f"{found.key} {found.size_bytes} {found.etag}" for found in objects)
-    root = Path(os.environ.get("RAYTUNE_CACHE", "~/.cache/raytune_ft")).expanduser()
-    cache = root / "models" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    cache.mkdir(parents=True, exist_ok=True)
-    with _alone(cache):
-        for partial in cache.glob(".*.partial"):
-            # Whoever wrote it has ended: it would hold the lock.
-            partial.unlink()
-        for found in objects:
-            target = cache / found.key
-            if found.key.endswith(_wanted(weights)) and not target.is_file():
-                partial = cache / f".{found.key}.partial"
-                storage.download(found.key, partial)
-                partial.replace(target)
-    return cache
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other process of this machine does the same: all workers of a node want one base at once."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        # The system gives it back when the process ends, however that may be.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _from_hub(name: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _wanted(weights)]))
-    except HFValidationError:
-        raise ModelError(f"model.path = {name}: no such folder, and not a Hub id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"model.path = {name}: no such folder, and the Hub did not give it ({type(error).__name__}); "
-            "check the name, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from None
-    if weights:
-        check_files(name, [file.name for file in folder.iterdir()])
-    return folder
-
-
-def read_facts(folder: Path) -> ModelFacts:
-    """Dimensions of the model in `folder`.
-
-    Raises:
-        ModelError: its config.json is not that of a language model.
-    """
-    place = folder / "config.json"
-    try:
-        config = json.loads(place.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{place}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{place}: not a model's config: holds a {type(config).__name__}, not an object")
-    try:
-        return ModelFacts.from_config(config, str(place))
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{place}: not a model's config: {error}") from None
-
-
-def base_identity(path: str) -> str:
-    """Which base stands at `path` now, without fetching its weights.
-
-    Of a bucket's objects the etags, of the Hub the revision, of a folder a digest of the base and of what
-    describes it, its tokenizer above all. All machines say the same, whatever of it they have in
-    their caches.
-    """
-    folder = model_folder(path, weights=False)
-    if not _is_folder(path):
-        return folder.name
-    digest = hashlib.sha256(base_digest(folder).encode())
-    for file in sorted(file for file in folder.iterdir() if file.suffix in _DESCRIPTION):
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-def base_digest(folder: Path) -> str:
-    """Identity of a base: sha256 over its config and, per weight file, name, size and 64 samples of 64 KiB.
-
-    Samples keep this quick for large models; another model, revision or dtype gives another digest. It is not
-    a defence against somebody who alters single weights on purpose.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob(f"*{_WEIGHTS}")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            for sample in range(_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=4)

@@ -16,7 +16,7 @@ from raytune_ft.fleet.events import FleetEvent
 from raytune_ft.fleet.lane import Lane
 from raytune_ft.fleet.plan import plan_fleet
 from raytune_ft.fleet.queue import Queue
-from raytune_ft.models import base_identity, model_folder, read_facts
+from raytune_ft.model_files import base_identity, model_folder, read_facts
 from raytune_ft.spec import FleetSpec
 from raytune_ft.spec.fleet_file import parse_fleet
 from raytune_ft.storage import open_storage

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raytune_ft.errors import SpecError
-from raytune_ft.models import model_folder, read_facts
+from raytune_ft.model_files import model_folder, read_facts
 from raytune_ft.planner import (
     MemoryPlan,
     ModelFacts,

@@ -14,7 +14,8 @@ from raytune_ft.data.tokenise import ask
 from raytune_ft.errors import CatalogError, ModelError
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods.lora import add_lora, load_lora
-from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder
+from raytune_ft.model_files import base_digest, model_folder
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import JobSpec, LoraSpec, ModelSpec
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 from raytune_ft.errors import ModelError
 from raytune_ft.fleet.blame import DoesNotFit, reading_checkpoint
 from raytune_ft.fleet.placement import Group
-from raytune_ft.models import base_digest, base_identity, load_base, load_tokenizer, model_folder
+from raytune_ft.model_files import base_digest, base_identity, model_folder
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import Choice, Lane, choose, choose_lane, lane_memory
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.bank import Bank

@@ -24,7 +24,7 @@ from raytune_ft.fleet.placement import Placed
 from raytune_ft.fleet.plan import FleetPlan, plan_fleet
 from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.story import OnFleetEvent, Story
-from raytune_ft.models import base_identity, model_folder, read_facts
+from raytune_ft.model_files import base_identity, model_folder, read_facts
 from raytune_ft.spec import FleetSpec, JobSpec
 from raytune_ft.storage import Storage, disk_errors, join_uri, open_storage
 from raytune_ft.train.budgets import cause

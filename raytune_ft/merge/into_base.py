@@ -23,7 +23,8 @@ from raytune_ft.merge.result import (
 )
 from raytune_ft.methods import saving
 from raytune_ft.methods.lora import linear_modules, linear_shape
-from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder
+from raytune_ft.model_files import base_digest, model_folder
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from raytune_ft.data.other_tasks import list_other_tasks, read_other_tasks
 from raytune_ft.data.prepare import prepare, write_quarantine
 from raytune_ft.data.sources import fingerprint, list_objects
 from raytune_ft.errors import RaytuneError, SpecError
-from raytune_ft.models import base_identity, load_tokenizer, model_folder, read_facts
+from raytune_ft.model_files import base_identity, model_folder, read_facts
+from raytune_ft.models import load_tokenizer
 from raytune_ft.planner import check_max_tokens
 from raytune_ft.report import RunReport, write_report
 from raytune_ft.spec import JobSpec

@@ -10,7 +10,8 @@ import torch
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods import METHODS, saving
-from raytune_ft.models import base_digest, load_base, load_tokenizer, model_folder, read_facts
+from raytune_ft.model_files import base_digest, model_folder, read_facts
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import Choice, choose, trainable_parameters
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.assignment import Assignment

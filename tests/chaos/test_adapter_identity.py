@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raytune_ft.catalog import Catalog
 from raytune_ft.data.prepare import prepare
 from raytune_ft.fleet.events import JobDone
-from raytune_ft.models import base_identity, load_tokenizer
+from raytune_ft.model_files import base_identity
+from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.train.assignment import Assignment, TrainingData
 from raytune_ft.train.loop import fit

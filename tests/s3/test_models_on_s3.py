@@ -9,7 +9,8 @@ import torch
 from faultproxy import FaultProxy
 
 from raytune_ft.errors import ModelError
-from raytune_ft.models import base_digest, base_identity, load_base, load_tokenizer, model_folder
+from raytune_ft.model_files import base_digest, base_identity, model_folder
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 from raytune_ft.storage import Storage, open_storage
 

@@ -16,7 +16,7 @@ from commands import Ended, Run
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.cli import main
 from raytune_ft.methods.lora import add_lora, save_lora
-from raytune_ft.models import base_digest
+from raytune_ft.model_files import base_digest
 from raytune_ft.spec import JobSpec, LoraSpec, parse_job
 
 COMMANDS = [

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.methods.lora import add_lora, save_lora
-from raytune_ft.models import base_digest
+from raytune_ft.model_files import base_digest
 from raytune_ft.spec import JobSpec, LoraSpec, expand, read_fleet
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "demo" / "cross_table.py"

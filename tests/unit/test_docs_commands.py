@@ -23,7 +23,7 @@ from typer.main import get_command
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.cli.main import app, main
 from raytune_ft.methods.lora import add_lora, save_lora
-from raytune_ft.models import base_digest
+from raytune_ft.model_files import base_digest
 from raytune_ft.spec import JobSpec, read_job
 
 SAFE = {("schema",), ("data",), ("generate",), ("catalog", "ls"), ("catalog", "show"), ("catalog", "pull")}

@@ -23,7 +23,8 @@ from raytune_ft.fleet.events import (
     LaneLost,
     LaneStarted,
 )
-from raytune_ft.models import base_identity, load_tokenizer
+from raytune_ft.model_files import base_identity
+from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import FleetSpec, JobSpec
 from raytune_ft.spec.expand import expand
 from raytune_ft.train.assignment import Assignment, TrainingData

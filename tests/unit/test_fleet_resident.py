@@ -11,7 +11,7 @@ from lanes import PLACEMENT, fleet_of, job_on, write_task
 
 from raytune_ft.fleet.plan import plan_fleet
 from raytune_ft.fleet.resident import Resident
-from raytune_ft.models import model_folder, read_facts
+from raytune_ft.model_files import model_folder, read_facts
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.checkpoint import with_position
 

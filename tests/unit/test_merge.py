@@ -28,7 +28,8 @@ from raytune_ft.merge import COMBINATIONS, Combination, combine_adapters, merge_
 from raytune_ft.merge.combination import combine, layer_seed
 from raytune_ft.merge.lora_files import LoraAdapter, LoraConfig, Pair
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
-from raytune_ft.models import base_digest, load_base
+from raytune_ft.model_files import base_digest
+from raytune_ft.models import load_base
 from raytune_ft.spec import JobSpec, LoraSpec
 
 IDS = torch.arange(3, 40)[None]

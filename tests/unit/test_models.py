@@ -16,15 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import ModelError
-from raytune_ft.models import (
-    _from_bucket,
-    base_digest,
-    base_identity,
-    load_base,
-    load_tokenizer,
-    model_folder,
-    read_facts,
-)
+from raytune_ft.model_files import _from_bucket, base_digest, base_identity, model_folder, read_facts
+from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
 CPU = torch.device("cpu")

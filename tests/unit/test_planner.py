@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods.lora import add_lora
-from raytune_ft.models import read_facts
+from raytune_ft.model_files import read_facts
 from raytune_ft.planner import (
     LOGITS_CHUNK_TOKENS,
     ModelFacts,
