@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from raytune_ft.spec import ModelSpec
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
+@cache
 def import_bitsandbytes() -> Any:
     """Import bitsandbytes without torch's compiler, which takes two seconds.
 

@@ -104,17 +104,16 @@ def groups_of(sizes_bytes: Sequence[int], at_once: int) -> tuple[range, ...]:
         at_once: tasks that run side by side.
     """
     groups: list[range] = []
-    before_bytes, left_bytes, size_bytes = 0, sum(sizes_bytes), 0
+    before_bytes, size_bytes, total_bytes = 0, 0, sum(sizes_bytes)
     for place, window_bytes in enumerate(sizes_bytes):
         size_bytes += window_bytes
-        share_bytes = min(before_bytes // at_once, left_bytes // (2 * at_once))
+        share_bytes = min(before_bytes // at_once, (total_bytes - before_bytes) // (2 * at_once))
         limit_bytes = min(max(share_bytes, WINDOW_BYTES), _TASK_BYTES)
         if groups and size_bytes <= limit_bytes and len(groups[-1]) < _TASK_WINDOWS:
             groups[-1] = range(groups[-1].start, place + 1)
         else:
             groups.append(range(place, place + 1))
             before_bytes += size_bytes - window_bytes
-            left_bytes -= size_bytes - window_bytes
             size_bytes = window_bytes
     return tuple(groups)
 

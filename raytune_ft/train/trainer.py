@@ -25,13 +25,13 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray is not typed
     """A run of Ray Train whose workers read their data by themselves."""
 
-    def __init__(self, work: Callable[[T], Any], order: T, *, own_cluster: bool, **given: Any) -> None:
+    def __init__(self, work: Callable[[_T], Any], order: _T, *, own_cluster: bool, **given: Any) -> None:
         """Start nothing yet.
 
         Args:
