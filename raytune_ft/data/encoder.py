@@ -7,15 +7,17 @@ import hashlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from raytune_ft.data.words import WordEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a B1 <s>\n é中 "
 _REMEMBERED_WORDS = 200_000
-"""Words that are not merged anew each time. Text has more than the 10,000 that are remembered by default:
-with these, encoding takes a tenth less, and some 20 MB."""
+"""Of tokenizers that remember words themselves, 10,000 if nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,26 @@ class Encoder:
         )
         return replace(encoder, digest=_digest(encoder))
 
-    def __post_init__(self) -> None:
-        # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
-        resize = getattr(getattr(self.backend, "model", None), "_resize_cache", None)
-        if resize is not None:
-            resize(_REMEMBERED_WORDS)
-
     def __reduce__(self) -> tuple[Callable[[str | None, bytes], "Encoder"], tuple[str | None, bytes]]:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return _unpickled, (self.digest, pickle.dumps(values))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text by itself."""
-        return _encode(self.backend, texts)
+        return _encode(self.backend, texts) if self._words is None else self._words.encode(texts)
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        from tokenizers import Tokenizer
+
+        words = WordEncoder.of(self.backend) if isinstance(self.backend, Tokenizer) else None
+        if words is not None:
+            return words
+        # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
+        resize = getattr(getattr(self.backend, "model", None), "_resize_cache", None)
+        if resize is not None:
+            resize(_REMEMBERED_WORDS)
+        return None
 
 
 _arrived: dict[str, Encoder] = {}
