@@ -5,6 +5,7 @@ A Hub tokenizer takes seconds to import in each process; its Rust core and a few
 
 import hashlib
 import pickle
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -64,9 +65,11 @@ class Encoder:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return _unpickled, (self.digest, pickle.dumps(values))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text by itself."""
-        return _encode(self.backend, texts) if self._words is None else self._words.encode(texts)
+    def encode(self, texts: Sequence[str]) -> list["array[int]"]:
+        """Token ids of each text by itself, as 32-bit integers."""
+        if self._words is not None:
+            return self._words.encode(texts)
+        return [array("i", ids) for ids in _encode(self.backend, texts)]
 
     @cached_property
     def _words(self) -> WordEncoder | None:

@@ -176,7 +176,7 @@ class _Reading:
                 self._splits.append(split_of(record.input_text, split))
                 self._references.append(record.references if isinstance(record, Conversation) else ())
         self._lengths += [len(example.input_ids) for example in examples]
-        self._ids.append(np.fromiter(chain.from_iterable(e.input_ids for e in examples), dtype=np.int32))
+        self._ids.append(np.frombuffer(b"".join(e.input_ids for e in examples), dtype=np.int32))
         self._runs.append(np.fromiter(chain.from_iterable(e.runs for e in examples), dtype=np.int64))
 
     def finish(self) -> TokenisedWindow:

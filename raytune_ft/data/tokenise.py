@@ -1,5 +1,6 @@
 """From segments of text to token ids, with the learned ones marked."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Literal, NamedTuple
@@ -11,9 +12,9 @@ from raytune_ft.errors import DataError
 
 
 class Tokenised(NamedTuple):
-    """An example: T token ids, and which of them the loss counts."""
+    """An example: T token ids (32-bit integers), and which of them the loss counts."""
 
-    input_ids: list[int]
+    input_ids: "array[int]"
     runs: list[int]
     """Lengths of the runs of tokens that are by turns given and learned. The first and last may be 0; there
     are as many of each kind."""
@@ -51,9 +52,9 @@ def _texts(segments: Sequence[Segment], encoder: Encoder) -> list[str]:
     return [s.text.removeprefix(" ") if at else s.text for at, s in enumerate(segments)]
 
 
-def _join(segments: Sequence[Segment], encoded: Iterable[list[int]], encoder: Encoder) -> Tokenised | None:
+def _join(segments: Sequence[Segment], encoded: Iterable["array[int]"], encoder: Encoder) -> Tokenised | None:
     """The example of some segments; takes as many of the encoded texts."""
-    input_ids: list[int] = []
+    input_ids = array("i")
     runs = [0]
     # The segments come first: a text more must not be taken.
     for segment, ids in zip(segments, encoded, strict=False):

@@ -1,6 +1,7 @@
 """Words that are encoded once: the same ids as the tokenizer's own, for each that it is used for."""
 
 import pickle
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,8 +81,8 @@ def remembering(backend: Tokenizer) -> WordEncoder:
     return found
 
 
-def own(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [backend.encode(text, add_special_tokens=False).ids for text in texts]
+def own(backend: Tokenizer, texts: Sequence[str]) -> list["array[int]"]:
+    return [array("i", backend.encode(text, add_special_tokens=False).ids) for text in texts]
 
 
 @given(texts=st.lists(TEXTS, max_size=4))
