@@ -1,8 +1,9 @@
 """Eight short QLoRA jobs: as one fleet, and with TRL's SFTTrainer one process after another.
 
-All variants run alone, in rounds, `--repeats` times; the tables show medians. Seconds are those that a
-person waits: imports, Ray's start, quantisation, training, publishing. The second table is this project
-alone, by the size of a step: the jobs one after another on a lane that holds the base, and all at once.
+All variants run alone, in rounds, `--repeats` times; the tables show medians. In a round a fleet comes after
+each half of TRL's tasks. Seconds are those that a person waits: imports, Ray's start, quantisation, training,
+publishing. The second table is this project alone, by the size of a step: the jobs one after another on a
+lane that holds the base, and all at once.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Round:
     """One run of everything."""
 
     trl: Whole
-    fleet: Whole
+    fleets: list[Whole]
     lanes: list[LaneRun]
     raw: dict[str, Any]
 
@@ -57,20 +58,28 @@ def environment_of(folder: Path) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
 
 
-def run_trl(folder: Path, peer_python: str) -> tuple[Whole, list[dict[str, Any]]]:
+def run_trl(folder: Path, peer_python: str, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """A process for each task, one after another."""
-    runs, raw = [], []
-    for task in TASKS:
+    raw = []
+    for task in tasks:
         command = (peer_python, str(HERE / "trl_job.py"), str(folder / task), "--to", str(folder / "trl"))
-        runs.append(measure(command, cwd=folder, environment=environment_of(folder)))
-        printed = json.loads(runs[-1].stdout.strip().splitlines()[-1])
-        raw.append({"task": task, **printed, **runs[-1].figures()})
-        print(f"TRL, {task}: {runs[-1].seconds:.1f} s, {printed['tokens']} tokens", file=sys.stderr)
-    largest = max(run.largest_bytes for run in runs)
-    return Whole(sum(run.seconds for run in runs), max(run.peak_bytes for run in runs), largest), raw
+        run = measure(command, cwd=folder, environment=environment_of(folder))
+        printed = json.loads(run.stdout.strip().splitlines()[-1])
+        raw.append({"task": task, **printed, **run.figures()})
+        print(f"TRL, {task}: {run.seconds:.1f} s, {printed['tokens']} tokens", file=sys.stderr)
+    return raw
 
 
-def run_fleet(folder: Path, slots: int | str) -> tuple[Whole, dict[str, Any]]:
+def whole_of(raw: Sequence[dict[str, Any]]) -> Whole:
+    """Commands that ran one after another."""
+    return Whole(
+        sum(run["process_seconds"] for run in raw),
+        max(run["peak_bytes"] for run in raw),
+        max(run["largest_bytes"] for run in raw),
+    )
+
+
+def run_fleet(folder: Path, slots: int | str) -> dict[str, Any]:
     """One command for all tasks, with a catalog of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         values = fleet_of(folder, Path(name) / "catalog", batch=BATCH, slots=slots)
@@ -82,7 +91,7 @@ def run_fleet(folder: Path, slots: int | str) -> tuple[Whole, dict[str, Any]]:
         run = measure(command, cwd=folder, environment=environment, interval_s=_SAMPLE_INTERVAL_S)
     print(f"fleet: {run.seconds:.1f} s, {run.peak_bytes / 2**30:.2f} GiB", file=sys.stderr)
     printed = json.loads(run.stdout.strip().splitlines()[-1])
-    return Whole(run.seconds, run.peak_bytes, run.largest_bytes), {"result": printed, **run.figures()}
+    return {"result": printed, **run.figures()}
 
 
 def run_lanes(folder: Path, batches: Sequence[int]) -> list[LaneRun]:
@@ -95,16 +104,20 @@ def run_lanes(folder: Path, batches: Sequence[int]) -> list[LaneRun]:
 
 def run_round(folder: Path, peer_python: str, slots: int | str, batches: Sequence[int]) -> Round:
     """Everything once."""
-    trl, of_tasks = run_trl(folder, peer_python)
-    fleet, of_fleet = run_fleet(folder, slots)
+    half = len(TASKS) // 2
+    of_tasks, of_fleets = [], []
+    for tasks in (TASKS[:half], TASKS[half:]):
+        of_tasks += run_trl(folder, peer_python, tasks)
+        of_fleets.append(run_fleet(folder, slots))
     lanes = run_lanes(folder, batches)
-    raw = {"trl": of_tasks, "fleet": of_fleet, "lanes": [vars(lane) for lane in lanes]}
-    return Round(trl, fleet, lanes, raw)
+    raw = {"trl": of_tasks, "fleets": of_fleets, "lanes": [vars(lane) for lane in lanes]}
+    return Round(whole_of(of_tasks), [whole_of([run]) for run in of_fleets], lanes, raw)
 
 
 def table(rounds: Sequence[Round]) -> str:
     """Markdown: whole commands, with ratios against TRL."""
-    trl, fleet = (_median([getattr(each, side) for each in rounds]) for side in ("trl", "fleet"))
+    trl = _median([each.trl for each in rounds])
+    fleet = _median([fleet for each in rounds for fleet in each.fleets])
     head = (
         "8 tasks",
         "whole wall time, s",
@@ -215,7 +228,8 @@ def main() -> None:
             for _ in range(options.repeats)
         ]
     tokens = sum(task["tokens"] for task in rounds[0].raw["trl"])
-    what = f"{options.examples} examples of each task, {tokens:,} tokens; medians of {options.repeats}"
+    rounds_of = f"medians of {options.repeats} rounds, two fleets in each"
+    what = f"{options.examples} examples of each task, {tokens:,} tokens; {rounds_of}"
     note = machine(("ray", "torch", "transformers", "bitsandbytes"), what)
     text = f"{table(rounds)}\n\n{lane_table(rounds, options.batches)}\n\n{note}"
     write("fleet", text, options.write, options.results, [each.raw for each in rounds])
