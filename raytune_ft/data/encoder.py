@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a B1 <s>\n é中 "
-_REMEMBERED_WORDS = 200_000
+_CACHED_WORDS = 200_000
 """Of tokenizers that remember words themselves, 10,000 if nothing is said."""
 
 
@@ -81,7 +81,7 @@ class Encoder:
         # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
         resize = getattr(getattr(self.backend, "model", None), "_resize_cache", None)
         if resize is not None:
-            resize(_REMEMBERED_WORDS)
+            resize(_CACHED_WORDS)
         return None
 
 

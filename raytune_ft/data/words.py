@@ -16,11 +16,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 _REMEMBERED_WORDS = 200_000
-"""Then all are forgotten. They take some 40 MB."""
-_LONGEST_WORD = 64
+"""Then all are forgotten. They take some 40 MB, of a script with few spaces up to twice that."""
+_LONGEST_WORD = 32
 """Characters of a word that is remembered; text without spaces is hardly said again."""
 _SPACES = r" \t-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which these patterns call \\s; Python's \\s has \\x1c to \\x1f too."""
@@ -30,9 +30,9 @@ class _Words(NamedTuple):
     """Patterns whose matches are a text's words. A tokenizer's own pattern divides each of them alone as it
     does inside the text."""
 
-    ascii: re.Pattern[str]
+    in_ascii: re.Pattern[str]
     """Of a text that is ASCII: there, digits are divided from all else."""
-    other: re.Pattern[str]
+    in_any: re.Pattern[str]
 
     @classmethod
     def of(cls, form: str) -> "_Words":
@@ -43,7 +43,7 @@ class _Words(NamedTuple):
         )
 
 
-_AFTER_SPACES = _Words.of(r"_*WORD|_+")
+_BEFORE_SPACES = _Words.of(r"_*WORD|_+")
 """Nothing but spaces takes spaces into its match."""
 _AFTER_NEWLINES = _Words.of(r"_*[\r\n]|_*WORD(?:[\r\n](?:_*[\r\n])?)?|_+")
 """Signs take the newlines behind them, and spaces end with their last newline."""
@@ -70,7 +70,7 @@ class WordEncoder:
         self._normalises = backend.normalizer is not None
         added = list(backend.get_added_tokens_decoder().values())
         # The longest that begins at a place is taken, as the tokenizer does.
-        longest_first = sorted((token.content for token in added), key=len, reverse=True)
+        longest_first = sorted(map(self._looked_for, added), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
         plain = not any(token.lstrip or token.rstrip or token.single_word for token in added)
         self._added_are_borders = plain and len({token.normalized for token in added}) == 1
@@ -80,8 +80,12 @@ class WordEncoder:
     @classmethod
     def of(cls, backend: "Tokenizer") -> "WordEncoder | None":
         """None where the ids of a text may be others than those of its words."""
+        from tokenizers.models import BPE
+
         # A model that drops merges at random answers differently each time.
-        if backend.pre_tokenizer is None or getattr(backend.model, "dropout", None):
+        if not isinstance(backend.model, BPE) or backend.model.dropout or backend.pre_tokenizer is None:
+            return None
+        if backend.truncation or backend.padding or backend.encode_special_tokens:
             return None
         # No space becomes one character with what stands before it; what is not normalised is left whole.
         if backend.normalizer is not None and _state(backend.normalizer) != {"type": "NFC"}:
@@ -124,8 +128,14 @@ class WordEncoder:
         if len(self._ids) > _REMEMBERED_WORDS:
             self._ids.clear()
 
+    def _looked_for(self, added: "AddedToken") -> str:
+        """How a text has the token, once it is normalised."""
+        if self._normalises and added.normalized:
+            return unicodedata.normalize("NFC", added.content)
+        return added.content
+
     def _divided(self, text: str) -> Sequence[str]:
-        words = (self._words.ascii if text.isascii() else self._words.other).findall
+        words = (self._words.in_ascii if text.isascii() else self._words.in_any).findall
         if self._normalises and not unicodedata.is_normalized("NFC", text):
             return (text,)
         if self._added is None or self._added.search(text) is None:
@@ -148,7 +158,7 @@ def _words_of(steps: Sequence[dict[str, Any]]) -> _Words | None:
     for step in steps:
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True} if words is None:
-                words = _AFTER_SPACES
+                words = _BEFORE_SPACES
             case {
                 "type": "Split",
                 "pattern": {"Regex": pattern},
@@ -156,7 +166,10 @@ def _words_of(steps: Sequence[dict[str, Any]]) -> _Words | None:
                 "invert": False,
             } if words is None and pattern in _KNOWN:
                 words = _KNOWN[pattern]
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} | {"type": "Digits"}:
+            case {"type": "Digits"}:
+                pass
+            # Of bytes that have become letters a pattern that comes after this would know no spaces.
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if words is not None:
                 pass
             case _:
                 return None

@@ -24,10 +24,15 @@ QWEN_MARKS = ENDINGS + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + 
 PIECES = [
     *(" ", "  ", "\n", "\r\n", "\t", "\0", "\x1c", "\u00a0", "\u2003", "\u180e", "\u0085"),
     *("the", "The", "dog's", "'LL", "x", "0", "1234", "12.5", ".", "...", "?!", "\u00b2", "_"),
-    *("é", "e\u0301", "\u0301", "\u212a", "中文", "ไทย", "🙂", "\u1160", "한"),
+    *("é", "é x", "e\u0301", "\u0301", "\u212a", "中文", "ไทย", "🙂", "\u1160", "한"),
     *("<|im_end|>", "<|im_end|", "<|im_end|>x", "a token", "a token two", "<", "|"),
 ]
-TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=14).map("".join)
+ASCII = [piece for piece in PIECES if piece.isascii()]
+TEXTS = st.one_of(
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=14).map("".join),
+    st.lists(st.sampled_from(ASCII), max_size=20).map("".join),
+    st.text("a1B' .,\n\t", max_size=14),
+)
 SPLIT, BYTES = pre_tokenizers.Split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -66,7 +71,19 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "digits": lambda: trained(in_order(pre_tokenizers.Digits(individual_digits=True), GPT2)),
     "Llama 3": lambda: trained(in_order(pattern(LLAMA), BYTES), *PLAIN),
     "Qwen": lambda: trained(in_order(pattern(QWEN), BYTES), *PLAIN, normalizer=normalizers.NFC()),
+    "Qwen with a token that is not normalised": lambda: trained(
+        in_order(pattern(QWEN), BYTES), AddedToken("e\u0301 x", normalized=True), normalizer=normalizers.NFC()
+    ),
     "Qwen 3.5": lambda: trained(in_order(pattern(QWEN_MARKS), BYTES), normalizer=normalizers.NFC()),
+}
+
+
+PARTS = {
+    "GPT-2": (words._BEFORE_SPACES, GPT2),
+    "digits": (words._BEFORE_SPACES, in_order(pre_tokenizers.Digits(individual_digits=True), GPT2)),
+    "Llama 3": (words._AFTER_NEWLINES, in_order(pattern(LLAMA), BYTES)),
+    "Qwen": (words._AFTER_NEWLINES, in_order(pattern(QWEN), BYTES)),
+    "Qwen 3.5": (words._AFTER_NEWLINES, in_order(pattern(QWEN_MARKS), BYTES)),
 }
 
 
@@ -79,6 +96,12 @@ def remembering(backend: Tokenizer) -> WordEncoder:
     found = WordEncoder.of(backend)
     assert found is not None
     return found
+
+
+def cut_off() -> Tokenizer:
+    backend = trained(GPT2)
+    backend.enable_truncation(2)
+    return backend
 
 
 def own(backend: Tokenizer, texts: Sequence[str]) -> list["array[int]"]:
@@ -102,6 +125,10 @@ def test_ids_are_the_tokenizers_own(backend: Tokenizer, texts: list[str]) -> Non
         trained(in_order(pattern(r"[^.]+|\."), BYTES)),
         trained(in_order(pattern(QWEN, behavior="merged_with_next"), BYTES)),
         trained(in_order(pattern(QWEN, invert=True), BYTES)),
+        trained(in_order(BYTES, pattern(QWEN))),
+        trained(in_order(BYTES, GPT2)),
+        cut_off(),
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
         trained(in_order(pre_tokenizers.Metaspace(), GPT2)),
         trained(pre_tokenizers.Metaspace(split=False)),
         Tokenizer(models.BPE()),
@@ -110,6 +137,16 @@ def test_ids_are_the_tokenizers_own(backend: Tokenizer, texts: list[str]) -> Non
 )
 def test_others_are_left_to_themselves(other: Tokenizer) -> None:
     assert WordEncoder.of(other) is None
+
+
+@given(text=TEXTS)
+@pytest.mark.parametrize("name", ["GPT-2", "digits", "Llama 3", "Qwen", "Qwen 3.5"])
+def test_a_word_is_divided_as_it_is_within_its_text(name: str, text: str) -> None:
+    words_of, divide = PARTS[name]
+    whole = [part for part, _ in divide.pre_tokenize_str(text)]
+    found = (words_of.in_ascii if text.isascii() else words_of.in_any).findall(text)
+    assert "".join(found) == text
+    assert [part for word in found for part, _ in divide.pre_tokenize_str(word)] == whole
 
 
 class Counting:
@@ -141,10 +178,10 @@ def test_long_words_are_not_kept_and_many_are_forgotten(monkeypatch: pytest.Monk
     monkeypatch.setattr(words, "_REMEMBERED_WORDS", 3)
     backend: Any = Counting(trained(GPT2))
     remembered = remembering(backend)
-    texts = ["a b", "x" * 65]
+    texts = ["a b", "x" * 33]
     for _ in range(2):
         assert remembered.encode(texts) == own(backend.backend, texts)
-    assert backend.asked == ["a", " b", "x" * 65, "x" * 65]
+    assert backend.asked == ["a", " b", "x" * 33, "x" * 33]
     remembered.encode(["c d"])
     remembered.encode(["a"])
     assert backend.asked[4:] == ["c", " d", "a"]
@@ -164,5 +201,6 @@ def test_an_encoder_remembers_words_and_travels() -> None:
     encoder = Encoder.of(tiny.tokenizer())
     texts = ["### Instruction:\nthe  dog</s>\n", ""]
     expected = own(encoder.backend, texts)
+    assert encoder._words is not None
     assert encoder.encode(texts) == expected
     assert pickle.loads(pickle.dumps(encoder)).encode(texts) == expected
