@@ -1,6 +1,7 @@
 """Attention as this project computes it on CPU where rows are short: all scores of a row fit the caches."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,18 +36,10 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    unusual = any(settings.get(name) for name in ("dropout", "softcap", "cache"))
     width = query_BHTD.shape[2]
     causal = settings.get("is_causal")
     causal = mask is None and width > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
-    if (
-        query_BHTD.device.type != "cpu"
-        or max(width, key_BGSD.shape[2]) > _NARROW
-        or unusual
-        or settings.get("position_bias") is not None
-        or (causal and key_BGSD.shape[2] != width)
-        or torch.compiler.is_compiling()
-    ):
+    if not _serves(query_BHTD, key_BGSD, causal=causal, settings=settings):
         usual: tuple[Tensor, None] = sdpa_attention_forward(
             module, query_BHTD, key_BGSD, value_BGSD, mask, **settings
         )
@@ -59,6 +52,20 @@ def attention(
     none_blind |= bias is None or causal
     found: Tensor = _Narrow.apply(query_BHTD, key_BGSD, value_BGSD, bias, none_blind, scale)  # type: ignore[no-untyped-call]  # torch does not type it
     return found, None
+
+
+def _serves(query_BHTD: Tensor, key_BGSD: Tensor, *, causal: bool, settings: Mapping[str, Any]) -> bool:
+    """Whether plain products do what is asked, and are faster."""
+    width, seen = query_BHTD.shape[2], key_BGSD.shape[2]
+    unusual = any(settings.get(name) for name in ("dropout", "softcap", "cache"))
+    return (
+        query_BHTD.device.type == "cpu"
+        and max(width, seen) <= _NARROW
+        and not (causal and seen != width)
+        and not unusual
+        and settings.get("position_bias") is None
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _hidden(sees: Tensor) -> Tensor:
