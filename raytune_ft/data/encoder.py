@@ -76,13 +76,9 @@ class Encoder:
         from tokenizers import Tokenizer
 
         words = WordEncoder.of(self.backend) if isinstance(self.backend, Tokenizer) else None
-        if words is not None:
-            return words
-        # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
-        resize = getattr(getattr(self.backend, "model", None), "_resize_cache", None)
-        if resize is not None:
-            resize(_CACHED_WORDS)
-        return None
+        if words is None:
+            _enlarge_cache(self.backend)
+        return words
 
 
 _arrived: dict[str, Encoder] = {}
@@ -127,6 +123,13 @@ def _backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
         if _encode(copy, [_PROBE]) == _encode(tokenizer, [_PROBE]):
             return copy
     return tokenizer
+
+
+def _enlarge_cache(backend: Any) -> None:
+    # tokenizers 0.23 has no public name for it; models that look no words up have none at all.
+    resize = getattr(getattr(backend, "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(_CACHED_WORDS)
 
 
 def _encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -78,15 +78,6 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-PARTS = {
-    "GPT-2": (words._BEFORE_SPACES, GPT2),
-    "digits": (words._BEFORE_SPACES, in_order(pre_tokenizers.Digits(individual_digits=True), GPT2)),
-    "Llama 3": (words._AFTER_NEWLINES, in_order(pattern(LLAMA), BYTES)),
-    "Qwen": (words._AFTER_NEWLINES, in_order(pattern(QWEN), BYTES)),
-    "Qwen 3.5": (words._AFTER_NEWLINES, in_order(pattern(QWEN_MARKS), BYTES)),
-}
-
-
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def backend(request: pytest.FixtureRequest) -> Tokenizer:
     return TOKENIZERS[request.param]()
@@ -140,9 +131,9 @@ def test_others_are_left_to_themselves(other: Tokenizer) -> None:
 
 
 @given(text=TEXTS)
-@pytest.mark.parametrize("name", ["GPT-2", "digits", "Llama 3", "Qwen", "Qwen 3.5"])
-def test_a_word_is_divided_as_it_is_within_its_text(name: str, text: str) -> None:
-    words_of, divide = PARTS[name]
+def test_a_word_is_divided_as_it_is_within_its_text(backend: Tokenizer, text: str) -> None:
+    words_of, divide = remembering(backend)._words, backend.pre_tokenizer
+    assert divide is not None
     whole = [part for part, _ in divide.pre_tokenize_str(text)]
     found = (words_of.in_ascii if text.isascii() else words_of.in_any).findall(text)
     assert "".join(found) == text
