@@ -151,6 +151,22 @@ def test_an_update_in_one_operation_equals_exact_products(ranks: list[int | None
         torch.testing.assert_close(rounded.float(), exact.float(), rtol=2e-2, atol=limit)
 
 
+def test_on_cpu_an_update_of_rounded_tokens_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    x_ND, y_NO = torch.randn(12, 64).bfloat16(), torch.randn(12, 32).bfloat16()
+    pairs = [(torch.randn(8, 64), torch.randn(32, 8)), None]
+    found = []
+    for update, dtype in ((one_by_one, torch.float32), (sliced_update, torch.bfloat16)):
+        given = [pair and tuple(w.clone().requires_grad_() for w in pair) for pair in pairs]
+        updated = update(x_ND.to(dtype), y_NO.to(dtype), [7, 12], [2.0, 1.0], given)  # type: ignore[arg-type]
+        updated.backward(torch.ones_like(updated))
+        of_weights = [weight.grad for pair in given if pair for weight in pair]
+        found.append([updated.detach(), *of_weights])
+    (exact, *of_exact), (rounded, *of_rounded) = found
+    torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=0)
+    torch.testing.assert_close(of_rounded, of_exact, rtol=1e-5, atol=1e-4)
+
+
 def test_what_the_backward_pass_keeps_does_not_grow_with_the_highest_rank_of_others() -> None:
     kept: list[int] = []
 
