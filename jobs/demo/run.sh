@@ -7,7 +7,8 @@ bin=$(realpath -s "$1")
 export DEMO=${DEMO:-$PWD/runs/demo} HF_HUB_OFFLINE=1
 raytune_ft=$bin/raytune-ft
 
-step() { printf '\n\033[1m%s\033[0m\n' "$1"; }
+if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; else bold='' plain=''; fi
+step() { printf '\n%s%s%s\n' "$bold" "$1" "$plain"; }
 
 rm -rf "$DEMO"
 step "1 of 5: arithmetic in words, and a model with random weights"

@@ -16,7 +16,7 @@ from raytune_ft.data.words import WordEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = "a B1 <s>\n é中 "
+_PROBE = "a B1 <s>\né中 "
 _CACHED_WORDS = 200_000
 """Of tokenizers that remember words themselves, 10,000 if nothing is said."""
 
@@ -119,8 +119,10 @@ def _backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
         copy = Tokenizer.from_str(backend.to_str())
         copy.no_padding()
         copy.no_truncation()
-        # Some tokenizers do more in Python around their Rust core; those travel whole.
-        if _encode(copy, [_PROBE]) == _encode(tokenizer, [_PROBE]):
+        # Some tokenizers do more in Python around their Rust core, or read special tokens as text; those
+        # travel whole.
+        probe = [_PROBE, *tokenizer.all_special_tokens]
+        if _encode(copy, probe) == _encode(tokenizer, probe):
             return copy
     return tokenizer
 

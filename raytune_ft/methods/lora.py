@@ -32,7 +32,7 @@ _TASK_TYPES: Mapping[Task, str] = {
 class Adapter(nn.Module):
     """One job's update of a frozen linear layer: (alpha / rank) · B·A·dropout(x).
 
-    A (rank, in) and B (out, rank) are float32 whatever the base computes in; a GPU casts them for the product.
+    A (rank, in) and B (out, rank) are float32 whatever the base computes in; a GPU casts them for products.
     """
 
     def __init__(self, base: nn.Module, spec: LoraSpec, seed: int, name: str) -> None:

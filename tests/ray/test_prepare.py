@@ -227,8 +227,9 @@ def test_file_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_template_is_checked_before_the_pass(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such template"):
-        prepare(job(tmp_path, {"uri": str(tmp_path / "missing"), "template": "alpaca"}), tokenizer=TOKENIZER)
+    sources = [{"uri": str(tmp_path / "missing"), "template": template} for template in ("plain", "alpaca")]
+    with pytest.raises(DataError, match=r"^data\.sources\[1\]\.template: alpaca: no such template"):
+        prepare(job(tmp_path, *sources), tokenizer=TOKENIZER)
 
 
 def test_tokenizer_of_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

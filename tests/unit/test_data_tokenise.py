@@ -1,5 +1,6 @@
 """Segments to tokens: what is learned, where BOS and EOS stand, and what happens to long examples."""
 
+import pickle
 from array import array
 from typing import Literal
 
@@ -231,3 +232,11 @@ def test_tokenizer_that_does_more_than_its_core_travels_whole() -> None:
     core = tiny.tokenizer()
     encoder = Encoder.of(Reversed(tokenizer_object=core.backend_tokenizer, eos_token="</s>"))
     assert encoder.encode(["fox"]) == TINY.encode(["xof"])
+
+
+def test_special_tokens_that_are_read_as_text_stay_text() -> None:
+    core = tiny.tokenizer().backend_tokenizer
+    splitting = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", split_special_tokens=True)
+    (found,) = pickle.loads(pickle.dumps(Encoder.of(splitting))).encode(["a</s>"])
+    assert EOS not in found
+    assert found.tolist() == splitting("a</s>", add_special_tokens=False)["input_ids"]
