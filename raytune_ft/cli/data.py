@@ -96,8 +96,10 @@ def _read_all(
     from raytune_ft.data.examples import tokenise_window
     from raytune_ft.data.index import divide
     from raytune_ft.data.sources import list_objects
+    from raytune_ft.data.template import check_templates
 
     encoder = Encoder.of(tokenizer)
+    check_templates((source.template for source in job.data.sources), encoder)
     shown: list[ShownExample] = []
     windows: list[Window] = []
     reports: dict[int, WindowReport] = {}

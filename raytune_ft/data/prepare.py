@@ -14,9 +14,8 @@ from raytune_ft.data.mixture import SourceShape
 from raytune_ft.data.reader import WindowReader
 from raytune_ft.data.sources import DataObject, fingerprint, list_objects
 from raytune_ft.data.survey import Kept, divide_all, read_windows, surveyed
-from raytune_ft.data.template import AUTO, check_template
+from raytune_ft.data.template import AUTO, check_templates
 from raytune_ft.data.windows import Window
-from raytune_ft.errors import DataError
 from raytune_ft.models import load_tokenizer
 from raytune_ft.spec import DataSpec, JobSpec
 from raytune_ft.storage import disk_errors, join_uri
@@ -137,11 +136,7 @@ def reader_of(
         StorageError: the store failed.
     """
     encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder.of(tokenizer)
-    for at, source in enumerate(data.sources):
-        try:
-            check_template(source.template, encoder)
-        except DataError as error:
-            raise DataError(f"data.sources[{at}].{error}") from None
+    check_templates((source.template for source in data.sources), encoder)
     kept_at = join_uri(job.publish.catalog.rstrip("/"), "cache") if cache else None
     return WindowReader(tuple(list_objects(data)), data, encoder, kept_at, job.model.labels)
 

@@ -4,7 +4,7 @@ A template gives segments. What the model is given is not learned; what it answe
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -292,14 +292,18 @@ def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -
     return text
 
 
-def check_template(template: str, encoder: Encoder) -> None:
-    """Find out before any data is read whether a source's template can be used.
+def check_templates(templates: Iterable[str], encoder: Encoder) -> None:
+    """Find out before any data is read whether the templates of `data.sources` can be used.
 
     Raises:
         DataError: there is no such template, it is no Jinja2, or the tokenizer has no chat template.
     """
-    if template not in (AUTO, RAW_TEXT):
-        find_template(template, encoder)
+    for source, template in enumerate(templates):
+        if template not in (AUTO, RAW_TEXT):
+            try:
+                find_template(template, encoder)
+            except DataError as error:
+                raise DataError(f"data.sources[{source}].{error}") from None
 
 
 def concrete_name(template: str, record: Conversation | PlainText, encoder: Encoder) -> str:
@@ -327,7 +331,7 @@ def render(name: str, record: Conversation | PlainText, encoder: Encoder) -> tup
 
     Raises:
         Malformed: the template has no place for what the record holds.
-        DataError: see `check_template`.
+        DataError: see `check_templates`.
     """
     if name == RAW_TEXT and isinstance(record, PlainText):
         return (Segment(record.text, learned=True),)
@@ -341,7 +345,7 @@ def find_template(name: str, encoder: Encoder) -> Template:
     """The template of that name, or the inline one of that text.
 
     Raises:
-        DataError: see `check_template`.
+        DataError: see `check_templates`.
     """
     if name == CHAT:
         if encoder.chat_template is None:

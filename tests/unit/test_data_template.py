@@ -13,7 +13,7 @@ from raytune_ft.data.template import (
     TEMPLATES,
     ChatTemplate,
     Segment,
-    check_template,
+    check_templates,
     concrete_name,
     find_template,
     render,
@@ -211,8 +211,8 @@ def test_template_without_end(encoder: Encoder) -> None:
 )
 def test_template_that_cannot_be_used(encoder: Encoder, template: str, message: str) -> None:
     with pytest.raises(DataError) as raised:
-        check_template(template, encoder)
-    assert str(raised.value).startswith(message)
+        check_templates(["auto", template], encoder)
+    assert str(raised.value).startswith(f"data.sources[1].{message}")
 
 
 def test_chat_template_of_the_tokenizer(chat_encoder: Encoder) -> None:
