@@ -78,13 +78,15 @@ class _SlicedUpdate(torch.autograd.Function):
         exact_ND, gradient_NO = x_ND.to(dtype), gradients[0].to(dtype)
         count = len(ctx.stops)
         lows, cast = saved[:count], saved[count:]
-        of_x_ND = torch.zeros_like(exact_ND) if ctx.needs_input_grad[0] else None
+        of_x_ND = torch.empty_like(exact_ND) if ctx.needs_input_grad[0] else None
         of_weights: list[Tensor | None] = []
         start = 0
         for at, (stop, scale, low_NR) in enumerate(zip(ctx.stops, ctx.scales, lows, strict=True)):
             A, B = cast[2 * at], cast[2 * at + 1]
             if low_NR is None:
                 of_weights += [None, None]
+                if of_x_ND is not None:
+                    of_x_ND[start:stop] = 0.0
             else:
                 own_NO = gradient_NO[start:stop]
                 of_low_NR = torch.mm(own_NO, B).mul_(scale)
