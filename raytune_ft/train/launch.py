@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 import ray
 import ray.exceptions
 import ray.train
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from ray.train import BackendConfig, ScalingConfig
 
 from raytune_ft.catalog import Catalog, Signer
@@ -46,6 +47,11 @@ from raytune_ft.train.trainer import Trainer, start_fit
 _QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
 _CONNECT_TIMEOUT_S = 5.0
+_ONE_HEAP = "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+"""What `keep_freed_memory` needs, for processes that compute on CPU. Ray Train trains in a thread, which
+would have a heap of its own, and only the first heap of a process keeps what is freed. glibc cuts a few bytes
+off an aligned block: while they wait in a cache, what is freed of the block is too small to be the next of
+its size, and memory grows from step to step."""
 _COLLECTIVE_TIMEOUT_S = 7200
 """The others wait while the first worker evaluates and publishes. One that is lost is found by Ray."""
 OnEvent = Callable[[Event], None]
@@ -196,6 +202,8 @@ def ray_session() -> Iterator[bool]:
         local["include_dashboard"] = False
         # Nobody takes this machine away with a notice, and the watcher is a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        if not NvidiaGPUAcceleratorManager.get_current_node_num_accelerators():
+            os.environ.setdefault("GLIBC_TUNABLES", _ONE_HEAP)
     with warnings.catch_warnings():
         # Ray announces changes of its defaults to GPU-less clusters; nothing here depends on them.
         warnings.simplefilter("ignore", FutureWarning)
