@@ -1,12 +1,14 @@
 """A full fine-tune as a bare DeepSpeed script, on batches that were laid out before; one process of several.
 
-torchrun starts it. The first process prints one line of JSON: seconds and loss of each step.
+torchrun starts it. The first process prints one line of JSON: seconds and loss of each step; all say on
+standard error when a step has ended.
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ def train(
         engine.step()
         losses.append(loss_sum.item() / step["learned_tokens"])
         seconds.append(time.perf_counter() - began)
+        print("step ended", file=sys.stderr, flush=True)
         first_step_at = first_step_at or time.time()
     return {
         "step_seconds": seconds,

@@ -1,13 +1,13 @@
 """One sharded full fine-tune here, as a bare DeepSpeed script, and with TRL, accelerate and DeepSpeed.
 
-Two processes with a thread each, on CPU. Each variant runs alone, in turn, `--repeats` times; the tables show
-medians. The bare script gets the very passes that the workers here computed, so its losses have to be theirs.
-A last run keeps checkpoints in a bucket of the tests' S3 server: how long does training stand still for them?
+Two processes with a thread each, on CPU. Each variant runs alone, `--repeats` times; the table shows medians.
+The bare script gets the very passes that the workers here computed, so its losses have to be theirs. Then
+both run at the same time and take turns, which says more exactly how their steps compare. A last run keeps
+checkpoints in a bucket of the tests' S3 server: how long does training stand still for them?
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,18 +21,29 @@ from measure import Measurement, measure
 from page import machine, markdown, write
 from sharded_checkpoints import checkpoints_of
 from sharded_checkpoints import table as checkpoint_table
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from sharded_job import (
+    LOSS_TOLERANCE,
+    WORKERS,
+    bare,
+    environment_of,
+    last_position,
+    lay_out_job,
+    lay_out_passes,
+    ours,
+    several,
+    step_times,
+)
+from sharded_turns import Turns, turns_of
+from sharded_turns import table as turns_table
 
-HERE = Path(__file__).parent
-WORKERS = 2
 _FIRST_STEPS = 3
 """Left out of a median: memory is still being claimed."""
 _LONG_EXAMPLE_TOKENS = 32
 """Of the inputs' examples; their mean is 26."""
 _SAMPLE_INTERVAL_S = 5.0
 """Seldom: a look at gigabytes costs tens of milliseconds, and more beside Ray than beside the others."""
-_LOSS_TOLERANCE = 1e-4
-OURS, BARE, BESIDE, TRL = "raytune_ft", "bare DeepSpeed", "bare DeepSpeed beside Ray", "TRL"
+_TURNS = 8
+OURS, BARE, TRL = "raytune_ft", "bare DeepSpeed", "TRL"
 
 
 @dataclass(frozen=True)
@@ -87,63 +98,21 @@ class Row:
 
 
 def variants(folder: Path, peer_python: str, sequences: int) -> list[Variant]:
-    """Ours and the bare script at two stages, once beside an idle Ray; TRL at the one that both have."""
-
-    def several(python: str, script: str, *options: str) -> tuple[str, ...]:
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}")
-        return (python, *launcher, str(HERE / script), str(folder), *options)
-
-    def bare(stage: int) -> tuple[str, ...]:
-        return several(sys.executable, "deepspeed_job.py", "--stage", str(stage))
+    """Ours and the bare script at two stages; TRL at the one that both have."""
 
     def trl(*options: str) -> tuple[str, ...]:
-        return several(peer_python, "trl_sharded_job.py", *options)
+        return several(peer_python, "trl_sharded_job.py", folder, *options)
 
-    beside = (sys.executable, str(HERE / "beside_ray.py"))
     # A row of each process has about as many tokens as the others have in a step.
     row = ("--row-tokens", str(sequences // WORKERS * _LONG_EXAMPLE_TOKENS))
     return [
         Variant(OURS, "raytune_ft, ZeRO-2", 2, ours(folder, 2)),
-        Variant(BARE, "bare DeepSpeed, ZeRO-2", 2, bare(2)),
-        Variant(BESIDE, "bare DeepSpeed, ZeRO-2, beside an idle Ray", 2, (*beside, *bare(2))),
+        Variant(BARE, "bare DeepSpeed, ZeRO-2", 2, bare(folder, 2)),
         Variant(OURS, "raytune_ft, ZeRO-3", 3, ours(folder, 3)),
-        Variant(BARE, "bare DeepSpeed, ZeRO-3", 3, bare(3)),
+        Variant(BARE, "bare DeepSpeed, ZeRO-3", 3, bare(folder, 3)),
         Variant(TRL, "TRL, ZeRO-2, unpacked", 2, trl("--rows", str(sequences // WORKERS))),
         Variant(TRL, "TRL, ZeRO-2, packed", 2, trl("--rows", "1", "--packing", *row)),
     ]
-
-
-def ours(folder: Path, stage: int, *options: str) -> tuple[str, ...]:
-    """The command of a run here."""
-    program = str(Path(sys.executable).parent / "raytune-ft")
-    output = ("--json", "--output", str(folder / "out"))
-    stages = ("--set", f"cluster.zero_stage={stage}")
-    return (program, "train", str(folder / "job.yaml"), "--restart", "--no-cache", *output, *stages, *options)
-
-
-def job_file(folder: Path, sequences: int) -> str:
-    """The job: a full fine-tune in float32, one epoch, no evaluation on any side."""
-    job = {
-        "name": "sharded",
-        "model": {"path": str(folder / "base"), "weight_bits": 32},
-        "data": {
-            "sources": [{"uri": str(folder / "data.jsonl"), "template": "plain"}],
-            "split": {"validation": 0.0, "test": 0.0},
-        },
-        "method": {"kind": "full"},
-        "batch": {"sequences": sequences},
-        "cluster": {"workers": WORKERS, "device": "cpu"},
-        "evaluate": {"metrics": []},
-        "publish": {"catalog": str(folder / "catalog")},
-    }
-    return json.dumps(job)
-
-
-def environment_of(folder: Path) -> dict[str, str]:
-    """Variables of all variants: no GPU, one thread, no network."""
-    plain = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
-    alike = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **plain, **alike}
 
 
 def run(variant: Variant, folder: Path) -> Run:
@@ -153,8 +122,8 @@ def run(variant: Variant, folder: Path) -> Run:
         variant.command, cwd=folder, environment=environment_of(folder), interval_s=_SAMPLE_INTERVAL_S
     )
     if variant.side == OURS:
-        history = json.loads(last_position(folder / "catalog").read_text())["history"]
-        first_step_at = first_event_at(folder / "out" / "tensorboard")
+        history = json.loads(last_position(folder).read_text())["history"]
+        first_step_at = step_times(folder)[1]
         seconds = [entry["seconds"] for entry in history]
         losses = [entry["loss"] for entry in history]
         tokens = statistics.mean(entry["tokens"] for entry in history)
@@ -176,24 +145,6 @@ def run(variant: Variant, folder: Path) -> Run:
     return found
 
 
-def last_position(catalog: Path) -> Path:
-    """The position at the end of the run that was last."""
-    return max(catalog.rglob("position.json"), key=lambda path: path.stat().st_mtime)
-
-
-def first_event_at(folder: Path) -> float:
-    """When the driver heard of the first step, which is up to 0.2 s after its end; a Unix time."""
-    (file,) = folder.iterdir()
-    return min(event.wall_time for event in EventFileLoader(str(file)).Load() if event.step == 1)
-
-
-def lay_out(folder: Path) -> None:
-    """Write the passes of the run that was last."""
-    job, position = str(folder / "job.yaml"), str(last_position(folder / "catalog"))
-    command = [sys.executable, str(HERE / "sharded_inputs.py"), "--job", job, "--position", position]
-    measure([*command, "--to", str(folder / "batches")], cwd=HERE, environment=environment_of(folder))
-
-
 def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> list[list[Run]]:
     """Runs in rounds, not blocks: what slows the machine down for a while then slows all variants down.
 
@@ -205,10 +156,10 @@ def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> list[lis
         runs: list[Run] = []
         for variant in chosen:
             if variant.side == BARE and not (folder / "batches").exists():
-                lay_out(folder)
+                lay_out_passes(folder)
             runs.append(run(variant, folder))
         rounds.append(runs)
-        if (difference := loss_difference(runs)) > _LOSS_TOLERANCE:
+        if (difference := loss_difference(runs)) > LOSS_TOLERANCE:
             raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
     return rounds
 
@@ -233,13 +184,11 @@ def medians(variant: Variant, runs: Sequence[Run]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, with ratios against the bare script of the same stage and against TRL's best."""
-    bare = {row.variant.stage: row for row in rows if row.variant.side == BARE}
+    """Markdown, with ratios against TRL's best."""
     best = max(row.tokens_per_second for row in rows if row.variant.side == TRL)
     head = (
         "",
         "median step, s",
-        "× bare DeepSpeed's step",
         "training tokens/s",
         "× TRL's best",
         "command to the end of the first step, s",
@@ -250,7 +199,6 @@ def table(rows: Sequence[Row]) -> str:
         (
             row.variant.name,
             f"{row.step_s:.3f}",
-            "–" if row.variant.side == TRL else f"{row.step_s / bare[row.variant.stage].step_s:.3f}",
             f"{row.tokens_per_second:.0f}",
             f"{row.tokens_per_second / best:.2f}",
             f"{row.first_step_s:.1f}",
@@ -262,8 +210,17 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(head, cells)
 
 
+def turns_in(folder: Path, turn_steps: int, sequences: int) -> list[Turns]:
+    """Turns at both stages, in a new folder, after a run whose passes they take."""
+    steps = _TURNS * turn_steps
+    lay_out_job(folder, steps, sequences)
+    measure(ours(folder, 2), cwd=folder, environment=environment_of(folder), interval_s=_SAMPLE_INTERVAL_S)
+    lay_out_passes(folder)
+    return [turns_of(folder, stage, steps, turn_steps) for stage in (2, 3)]
+
+
 def main() -> None:
-    """Measure all variants and write both tables."""
+    """Measure all variants and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,18 +230,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sequences", type=int, default=32, help="examples of a step")
+    parser.add_argument("--turn-steps", type=int, default=4, help="of each of 8 turns")
     parser.add_argument("--checkpoint-every", type=int, default=6, help="steps; four checkpoints are kept")
     parser.add_argument("--write", type=Path, help="the page whose tables to replace")
     parser.add_argument("--results", type=Path, help="folder for sharded.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        examples = str(arguments.steps * arguments.sequences)
-        command = [sys.executable, str(HERE / "inputs.py"), "--to", name, "--examples", examples]
-        measure(command, cwd=HERE, environment=environment_of(folder))
-        (folder / "job.yaml").write_text(job_file(folder, arguments.sequences))
+        lay_out_job(folder, arguments.steps, arguments.sequences)
         chosen = variants(folder, arguments.peer_python, arguments.sequences)
         rounds = rounds_of(chosen, folder, arguments.repeats)
+        turns = turns_in(folder / "turns", arguments.turn_steps, arguments.sequences)
         every = arguments.checkpoint_every
         lengths = (f"schedule.steps={4 * every - 2}", f"checkpoint.every_steps={every}")
         options = [option for length in lengths for option in ("--set", length)]
@@ -292,14 +248,15 @@ def main() -> None:
     of_variant = list(zip(*rounds, strict=True))
     rows = [medians(variant, runs) for variant, runs in zip(chosen, of_variant, strict=True)]
     same = f"on the same batches all losses agree within {loss_difference(rounds[0]):.0e}"
-    what = f"medians of {arguments.repeats} runs of {arguments.steps} steps; {same}"
+    what = f"first table: medians of {arguments.repeats} runs of {arguments.steps} steps; {same}"
     note = machine(("ray", "torch", "transformers", "deepspeed"), what)
-    raw = [
+    raw: list[dict[str, Any]] = [
         {"name": variant.name, "runs": [found.figures() for found in runs]}
         for variant, runs in zip(chosen, of_variant, strict=True)
     ]
-    text = f"{table(rows)}\n\n{checkpoint_table(checkpoints)}\n\n{note}"
-    write("sharded", text, arguments.write, arguments.results, [*raw, checkpoints.figures()])
+    raw += [each.figures() for each in (*turns, checkpoints)]
+    text = "\n\n".join((table(rows), turns_table(turns), checkpoint_table(checkpoints), note))
+    write("sharded", text, arguments.write, arguments.results, raw)
 
 
 if __name__ == "__main__":
