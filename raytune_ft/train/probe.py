@@ -13,13 +13,23 @@ from raytune_ft.methods.routing import Route, Share, set_route
 from raytune_ft.models import decoder_start_id, task_of
 from raytune_ft.quantise import is_divided
 from raytune_ft.spec import LoraSpec
-from raytune_ft.train.batch import Arrangement, Batch, Classes, Continuations, Pairs, Tokens, assemble
+from raytune_ft.train.batch import (
+    LEAST_ROWS,
+    Arrangement,
+    Batch,
+    Classes,
+    Continuations,
+    Pairs,
+    Tokens,
+    assemble,
+)
 from raytune_ft.train.forward import forward_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_LENGTHS = [7, 5, 9]
+_LENGTHS = [7, 5, LEAST_ROWS + 1]
+"""Of the examples; the last one is a row without padding by itself."""
 _GIVEN = [1, 3, 4]
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of a logit, as a share of the largest logit: rounding of the type, with room."""
