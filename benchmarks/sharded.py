@@ -22,13 +22,13 @@ from page import machine, markdown, write
 from sharded_checkpoints import checkpoints_of
 from sharded_checkpoints import table as checkpoint_table
 from sharded_job import (
-    LOSS_TOLERANCE,
     WORKERS,
     bare,
     environment_of,
     last_position,
     lay_out_job,
     lay_out_passes,
+    loss_difference,
     ours,
     several,
     step_times,
@@ -145,13 +145,16 @@ def run(variant: Variant, folder: Path) -> Run:
     return found
 
 
-def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> list[list[Run]]:
+def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> tuple[list[list[Run]], float]:
     """Runs in rounds, not blocks: what slows the machine down for a while then slows all variants down.
+
+    Returns:
+        The runs of each round, and how far apart the losses of the same passes were.
 
     Raises:
         SystemExit: the bare script computed other losses.
     """
-    rounds = []
+    rounds, apart = [], 0.0
     for _ in range(repeats):
         runs: list[Run] = []
         for variant in chosen:
@@ -159,15 +162,8 @@ def rounds_of(chosen: Sequence[Variant], folder: Path, repeats: int) -> list[lis
                 lay_out_passes(folder)
             runs.append(run(variant, folder))
         rounds.append(runs)
-        if (difference := loss_difference(runs)) > LOSS_TOLERANCE:
-            raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
-    return rounds
-
-
-def loss_difference(runs: Sequence[Run]) -> float:
-    """The largest between any two runs over the same batches, at any step."""
-    losses = [found.losses for found in runs if found.losses is not None]
-    return max(max(each) - min(each) for each in zip(*losses, strict=True))
+        apart = max(apart, loss_difference([found.losses for found in runs if found.losses is not None]))
+    return rounds, apart
 
 
 def medians(variant: Variant, runs: Sequence[Run]) -> Row:
@@ -230,7 +226,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sequences", type=int, default=32, help="examples of a step")
-    parser.add_argument("--turn-steps", type=int, default=4, help="of each of 8 turns")
+    parser.add_argument("--turn-steps", type=int, default=4, help=f"of each of {_TURNS} turns")
     parser.add_argument("--checkpoint-every", type=int, default=6, help="steps; four checkpoints are kept")
     parser.add_argument("--write", type=Path, help="the page whose tables to replace")
     parser.add_argument("--results", type=Path, help="folder for sharded.json")
@@ -239,7 +235,7 @@ def main() -> None:
         folder = Path(name)
         lay_out_job(folder, arguments.steps, arguments.sequences)
         chosen = variants(folder, arguments.peer_python, arguments.sequences)
-        rounds = rounds_of(chosen, folder, arguments.repeats)
+        rounds, apart = rounds_of(chosen, folder, arguments.repeats)
         turns = turns_in(folder / "turns", arguments.turn_steps, arguments.sequences)
         every = arguments.checkpoint_every
         lengths = (f"schedule.steps={4 * every - 2}", f"checkpoint.every_steps={every}")
@@ -247,7 +243,7 @@ def main() -> None:
         checkpoints = checkpoints_of(ours(folder, 2, *options), folder, environment_of(folder))
     of_variant = list(zip(*rounds, strict=True))
     rows = [medians(variant, runs) for variant, runs in zip(chosen, of_variant, strict=True)]
-    same = f"on the same batches all losses agree within {loss_difference(rounds[0]):.0e}"
+    same = f"on the same batches all losses agree within {apart:.0e}"
     what = f"first table: medians of {arguments.repeats} runs of {arguments.steps} steps; {same}"
     note = machine(("ray", "torch", "transformers", "deepspeed"), what)
     raw: list[dict[str, Any]] = [

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import measure
@@ -10,8 +11,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 HERE = Path(__file__).parent
 WORKERS = 2
-LOSS_TOLERANCE = 1e-4
-"""Between sides that compute the same passes."""
+_LOSS_TOLERANCE = 1e-4
 
 
 def lay_out_job(folder: Path, steps: int, sequences: int) -> None:
@@ -67,6 +67,18 @@ def environment_of(folder: Path) -> dict[str, str]:
     plain = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
     alike = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **plain, **alike}
+
+
+def loss_difference(sides: Sequence[Sequence[float]]) -> float:
+    """The largest between any two sides that computed the same passes, at any step.
+
+    Raises:
+        SystemExit: they computed other losses.
+    """
+    difference = max(max(each) - min(each) for each in zip(*sides, strict=True))
+    if difference > _LOSS_TOLERANCE:
+        raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
+    return difference
 
 
 def last_position(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import psutil
 from page import markdown
-from sharded_job import LOSS_TOLERANCE, WORKERS, bare, environment_of, last_position, ours, step_times
+from sharded_job import WORKERS, bare, environment_of, last_position, loss_difference, ours, step_times
 
 _LOOK_S = 0.1
 
@@ -46,13 +46,13 @@ class Turns:
 class _Side:
     """A command with all of its processes, which can be stopped and go on."""
 
-    def __init__(self, command: Sequence[str], folder: Path, taken: Callable[[str], int]) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, taken: Callable[[Path], int]) -> None:
         """Start it.
 
         Args:
             command: what to run.
             folder: where.
-            taken: how many steps have ended; it is given what the command has written to standard error.
+            taken: how many steps have ended; it is given the file of the command's standard error.
         """
         self._output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         self._errors: IO[str] = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
@@ -80,7 +80,7 @@ class _Side:
         Raises:
             SystemExit: the command failed.
         """
-        while self._taken(self._written()) < steps:
+        while self._taken(Path(self._errors.name)) < steps:
             if self._ended():
                 raise SystemExit(f"a side ended before step {steps}:\n{self._written()[-3000:]}")
             time.sleep(_LOOK_S)
@@ -139,7 +139,7 @@ def turns_of(folder: Path, stage: int, steps: int, turn_steps: int) -> Turns:
     seen: dict[int, float] = {}
     size = -1
 
-    def taken_here(_: str) -> int:
+    def taken_here(_: Path) -> int:
         # Read where there is something new: a look costs time, which the other side would not lose.
         nonlocal seen, size
         now = sum(path.stat().st_size for path in (folder / "out" / "tensorboard").glob("*"))
@@ -162,9 +162,7 @@ def turns_of(folder: Path, stage: int, steps: int, turn_steps: int) -> Turns:
         sides[0].end()
         printed = json.loads(sides[1].end().splitlines()[-1])
     history = json.loads(last_position(folder).read_text())["history"]
-    losses = zip((entry["loss"] for entry in history), printed["losses"], strict=True)
-    if (difference := max(abs(one - other) for one, other in losses)) > LOSS_TOLERANCE:
-        raise SystemExit(f"the losses of ours and of the bare script differ by {difference:.2g}")
+    loss_difference([[entry["loss"] for entry in history], printed["losses"]])
     count = [step for step in range(turn_steps, steps) if step % turn_steps]
     ours_s, bare_s = [entry["seconds"] for entry in history], printed["step_seconds"]
     found = Turns(stage, [ours_s[step] for step in count], [bare_s[step] for step in count])
@@ -172,8 +170,8 @@ def turns_of(folder: Path, stage: int, steps: int, turn_steps: int) -> Turns:
     return found
 
 
-def _taken_bare(errors: str) -> int:
-    return errors.count("step ended") // WORKERS
+def _taken_bare(errors: Path) -> int:
+    return errors.read_text().count("step ended") // WORKERS
 
 
 def table(found: Sequence[Turns]) -> str:
