@@ -47,6 +47,27 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is made while a job is being prepared: all that have a slot are on the base together."""
+    prepare, update, nothing_comes = Preparing.prepare, BankEngine.update, threading.Event()
+    nothing_comes.set()
+
+    def prepared(preparing: Preparing, order: Any) -> Any:
+        nothing_comes.clear()
+        try:
+            return prepare(preparing, order)
+        finally:
+            nothing_comes.set()
+
+    def waits(engine: BankEngine, rate: float) -> float:
+        assert nothing_comes.wait(60)
+        return update(engine, rate)
+
+    monkeypatch.setattr(Preparing, "prepare", prepared)
+    monkeypatch.setattr(BankEngine, "update", waits)
+
+
 def fleet(base: Path, folder: Path, count: int, *, slots: int, steps: int = 6, **of_first: Any) -> FleetSpec:
     jobs = {
         f"job-{at}": job_on(write_task(folder, f"job-{at}"), schedule={"steps": steps}) for at in range(count)
@@ -93,11 +114,12 @@ class Crowd:
         monkeypatch.setattr(BankEngine, "update", full)
 
 
+@pytest.mark.usefixtures("_unhurried")
 def test_where_several_fill_the_memory_half_as_many_go_on(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = Crowd(Bank, monkeypatch, most=2)
-    shop = shop_of(fleet(base, tmp_path, 4, slots=4, steps=60), tmp_path)
+    shop = shop_of(fleet(base, tmp_path, 4, slots=4, steps=20), tmp_path)
     shop.run()
     assert len(of(shop, JobDone)) == 4
     assert not of(shop, JobFailed)
@@ -107,12 +129,12 @@ def test_where_several_fill_the_memory_half_as_many_go_on(
     shop.close()
 
 
+@pytest.mark.usefixtures("_unhurried")
 def test_a_job_that_does_not_fit_fails_and_leaves_the_others_their_room(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = Crowd(Bank, monkeypatch, most=4)
-    big = {"schedule": {"steps": 80}, "data": {"seed": BIG}}
-    shop = shop_of(fleet(base, tmp_path, 5, slots=4, steps=60, **big), tmp_path)
+    shop = shop_of(fleet(base, tmp_path, 5, slots=4, steps=20, data={"seed": BIG}), tmp_path)
     shop.run()
     (failed,) = of(shop, JobFailed)
     assert failed.job == "job-0"
