@@ -15,6 +15,8 @@ import psutil
 import pytest
 import ray
 import tiny
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from raytune_ft.spec import JobSpec, parse_job
 
@@ -22,7 +24,9 @@ from raytune_ft.spec import JobSpec, parse_job
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster of this machine, as this process is connected to it; its address."""
+    # As the command sets them for a cluster of its own.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's own defaults are about to change
         context = ray.init(
@@ -55,6 +59,15 @@ def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def signing_key() -> str:
+    """A private key as PEM text."""
+    text = Ed25519PrivateKey.from_private_bytes(bytes(32)).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return text.decode()
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 """Sharded jobs from the file to the published model on a real cluster."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,16 @@ from conftest import kill_once_kept, make_job  # type: ignore[import-not-found] 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.catalog import Catalog
+from raytune_ft.catalog import Catalog, Signer, Trust
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.launch import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 
-def sharded_job(base: Path, capitals: Path, catalog: Path, *, steps: int = 12, **cluster: Any) -> JobSpec:
+def sharded_job(
+    base: Path, capitals: Path, catalog: Path, *, steps: int = 12, sign: bool = False, **cluster: Any
+) -> JobSpec:
     return make_job(
         base,
         capitals,
@@ -26,11 +32,12 @@ def sharded_job(base: Path, capitals: Path, catalog: Path, *, steps: int = 12, *
         optimizer={"learning_rate": 1.0e-3, "epsilon": 1.0e-4},
         schedule={"steps": steps},
         cluster=cluster,
+        publish={"catalog": str(catalog), "sign": sign},
     )
 
 
-def published(job: JobSpec, to: Path) -> dict[str, torch.Tensor]:
-    Catalog.at(job.publish.catalog).pull("capitals@v1", to)
+def published(job: JobSpec, to: Path, trust: Trust = Trust()) -> dict[str, torch.Tensor]:
+    Catalog.at(job.publish.catalog).pull("capitals@v1", to, trust=trust)
     tensors: dict[str, torch.Tensor] = load_file(to / "model.safetensors")
     return tensors
 
@@ -57,10 +64,26 @@ def test_divided_weights_become_the_model_that_whole_ones_become_also_when_a_wor
     AutoModelForCausalLM.from_pretrained(tmp_path / "pulled3")
 
 
-def test_divided_weights_are_published_as_one_model(base: Path, capitals: Path, tmp_path: Path) -> None:
-    job = sharded_job(base, capitals, tmp_path / "catalog", steps=4, workers=2, zero_stage=3)
-    result = train(job, tmp_path / "out")
+def test_divided_weights_are_published_as_one_signed_model(
+    base: Path, capitals: Path, tmp_path: Path, signing_key: str
+) -> None:
+    """By command, in a cluster of its own, whose workers have the key as the driver has."""
+    job = sharded_job(base, capitals, tmp_path / "catalog", steps=4, workers=2, zero_stage=3, sign=True)
+    (tmp_path / "job.yaml").write_text(json.dumps(job.resolved()))
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("raytune-ft"), "train", "job.yaml", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "RAYTUNE_SIGNING_KEY": signing_key},
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
     assert result["scores_after"]["token_loss"] < result["scores_before"]["token_loss"]
-    ours, start = published(job, tmp_path / "pulled"), load_file(base / "model.safetensors")
+    trust = Trust(frozenset({Signer.from_pem(signing_key, "test").public_key}), required=True)
+    ours, start = published(job, tmp_path / "pulled", trust), load_file(base / "model.safetensors")
     assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in start.items()}
     AutoModelForCausalLM.from_pretrained(tmp_path / "pulled")
+    secret = signing_key.split("\n")[1].encode()
+    assert not any(secret in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -118,6 +118,7 @@ def test_two_workers_see_the_same_batches(
     assert [entry["batch"] for entry in together] == [entry["batch"] for entry in alone]
 
 
+@pytest.mark.slow
 def test_the_next_job_finds_what_was_tokenised(
     undisturbed: Any, base: Path, two_sources: Path, tmp_path: Path
 ) -> None:
