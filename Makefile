@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: install check test test-cluster test-local demo bench chaos golden format clean
+.PHONY: install check test test-cluster test-store test-local demo bench chaos golden format clean
 
 install: $(VENV)/.installed
 
@@ -29,14 +29,18 @@ format: install
 test: install
 	tests/ceph/install.sh
 	tests/chromium/install.sh
-	$(MAKE) --no-print-directory --jobs=2 --keep-going test-cluster test-local
+	$(MAKE) --no-print-directory --jobs=3 --keep-going test-cluster test-store test-local
 
-# Side by side: one process runs all that needs a Ray cluster, since a second one would find no cores.
+# Side by side: one process runs all that needs a Ray cluster, since a second one would find no cores, and one
+# all that needs a store, since that is mostly waiting.
 test-cluster:
 	$(BIN)/pytest -m 'ray and not slow and not gpu' 2>&1 | sed -u 's/^/cluster | /'
 
+test-store:
+	$(BIN)/pytest -m '(s3 or chaos) and not ray and not slow and not gpu' 2>&1 | sed -u 's/^/  store | /'
+
 test-local:
-	$(BIN)/pytest -m 'not ray and not slow and not gpu' 2>&1 | sed -u 's/^/  local | /'
+	$(BIN)/pytest -m 'not (s3 or chaos or ray or slow or gpu)' 2>&1 | sed -u 's/^/  local | /'
 
 chaos: install
 	tests/ceph/install.sh
