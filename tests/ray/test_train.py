@@ -276,6 +276,7 @@ def test_a_tokenizer_without_a_pad_token(job: JobSpec, tmp_path: Path) -> None:
     assert train(quick, tmp_path / "out")["steps"] == 2
 
 
+@pytest.mark.slow
 def test_data_that_changed_under_a_run(job: JobSpec, capitals: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     own.write_bytes(capitals.read_bytes())

@@ -144,6 +144,7 @@ def test_a_job_that_does_not_fit_fails_and_leaves_the_others_their_room(
     shop.close()
 
 
+@pytest.mark.usefixtures("_unhurried")
 def test_memory_that_is_full_before_the_first_step_is_no_failure_either(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +157,7 @@ def test_memory_that_is_full_before_the_first_step_is_no_failure_either(
         return begin(recipe, bench, checkpoint)
 
     monkeypatch.setattr(Recipe, "begin", full)
-    shop = shop_of(fleet(base, tmp_path, 2, slots=2, steps=60), tmp_path)
+    shop = shop_of(fleet(base, tmp_path, 2, slots=2, steps=20), tmp_path)
     shop.run()
     assert len(of(shop, JobDone)) == 2
     assert len(of(shop, LaneLost)) == 1
@@ -257,11 +258,12 @@ class Unreachable:
         return call
 
 
+@pytest.mark.usefixtures("_unhurried")
 def test_a_lane_that_could_not_reach_the_desk_keeps_its_base_and_blames_no_job(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raytune_ft.fleet.lane._RECONNECT_S", 0.01)
-    shop = shop_of(fleet(base, tmp_path, 2, slots=2, steps=60), tmp_path)
+    shop = shop_of(fleet(base, tmp_path, 2, slots=2, steps=20), tmp_path)
     shop.lane(desk=Unreachable(shop.desk)).run()
     (lost,) = of(shop, LaneLost)
     assert lost.announced
