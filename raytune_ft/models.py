@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +22,8 @@ Task = Literal["causal", "seq2seq", "classification"]
 
 _LOST_WORKER = ("gloo", "Gloo", "NCCL", "onnection closed by peer", "onnection reset by peer")
 """What a collective says whose other side is gone."""
+_LOADING = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+"""What transformers raises for a model that is none, or one that it does not know."""
 
 
 @lru_cache(maxsize=4)
@@ -54,6 +55,30 @@ def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
         tokenizer.pad_token = tokenizer.eos_token
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def outline(spec: ModelSpec) -> "PreTrainedModel":
+    """The layers of the base and the names of its weights, from the config alone: no weight holds a number.
+
+    Raises:
+        ModelError: the folder is no model of the kind that the job trains.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    folder = model_folder(spec.path, weights=False)
+    try:
+        written: dict[str, Any] = dict(json.loads((folder / "config.json").read_bytes()))
+        check_classes(spec, written)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, **classes_config(spec)
+        )
+        with torch.device("meta"):
+            model = _auto_model(spec, written).from_config(config, trust_remote_code=spec.trust_remote_code)
+    except _LOADING as error:
+        raise _does_not_load(spec, error) from None
+    drawn: PreTrainedModel = model
+    return drawn
 
 
 def load_base(
@@ -90,7 +115,7 @@ def load_base(
             model, loading = _auto_model(spec, config).from_pretrained(
                 folder,
                 dtype=compute_dtype(spec),
-                quantization_config=_quantisation(spec, folder, config),
+                quantization_config=_quantisation(spec),
                 device_map=None if device is None else {"": device},
                 use_safetensors=True,
                 trust_remote_code=spec.trust_remote_code,
@@ -98,11 +123,11 @@ def load_base(
                 ignore_mismatched_sizes=True,
                 **classes_config(spec),
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*_LOADING, SafetensorError) as error:
         # Workers that divide a base talk to each other meanwhile: a lost one is no fault of the model.
         if device is None and _tells_of_a_lost_worker(error):
             raise
-        raise ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}") from None
+        raise _does_not_load(spec, error) from None
     _check_loaded(spec, model, loading)
     if spec.weight_bits == 4:
         keep_weights_trainable(model)
@@ -112,6 +137,10 @@ def load_base(
     model.eval()
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _does_not_load(spec: ModelSpec, error: Exception) -> ModelError:
+    return ModelError(f"model.path = {spec.path}: the model does not load: {_reason(error)}")
 
 
 def _tells_of_a_lost_worker(error: Exception) -> bool:
@@ -188,19 +217,13 @@ def _auto_model(spec: ModelSpec, config: Mapping[str, Any]) -> Any:
     return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
 
 
-def _quantisation(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> Any | None:
+def _quantisation(spec: ModelSpec) -> Any | None:
     """How to quantise; never a classifier's head, which is trained."""
-    import torch
-    from transformers import AutoConfig
-
     from raytune_ft.quantise import quantisation_config
 
     settings = quantisation_config(spec)
     if settings is not None and spec.labels:
-        own = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-        with torch.device("meta"):
-            outline = _auto_model(spec, config).from_config(own, trust_remote_code=spec.trust_remote_code)
-        settings.llm_int8_skip_modules = head_paths(outline)
+        settings.llm_int8_skip_modules = head_paths(outline(spec))
     return settings
 
 

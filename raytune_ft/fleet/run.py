@@ -15,7 +15,7 @@ import ray
 
 from raytune_ft.catalog import Catalog, Signer
 from raytune_ft.catalog.gate import as_of_now
-from raytune_ft.errors import RunHeld, SpecError, StorageError, TrainingError
+from raytune_ft.errors import ModelError, RunHeld, SpecError, StorageError, TrainingError
 from raytune_ft.fleet.desk import Desk, News, Order
 from raytune_ft.fleet.entry import Entry
 from raytune_ft.fleet.events import FleetResult
@@ -26,10 +26,12 @@ from raytune_ft.fleet.queue import Queue
 from raytune_ft.fleet.story import OnFleetEvent, Story
 from raytune_ft.model_files import base_identity, model_folder, read_facts
 from raytune_ft.spec import FleetSpec, JobSpec
+from raytune_ft.spec.problems import message
 from raytune_ft.storage import Storage, disk_errors, join_uri, open_storage
 from raytune_ft.train.budgets import cause
 from raytune_ft.train.launch import inputs_of, ray_session
 from raytune_ft.train.lease import Lease, hold
+from raytune_ft.train.parts import missing_parts
 from raytune_ft.train.run import Run, digest
 
 LEASE_S = 30.0
@@ -104,7 +106,8 @@ def _check(jobs: Sequence[JobSpec], place_name: str) -> None:
     """Refuse what would fail after hours.
 
     Raises:
-        BadInput: jobs want different devices, or there is no key to sign with.
+        BadInput: jobs want different devices, name parts that their base does not have, or there is no key
+            to sign with.
         StorageError: a catalog cannot be written.
     """
     devices = {job.cluster.device: job.name for job in jobs}
@@ -114,6 +117,8 @@ def _check(jobs: Sequence[JobSpec], place_name: str) -> None:
             f"{place_name}: cluster.device differs between jobs: {named}; lanes are all of one kind, so set "
             "it in defaults, or make two fleets"
         )
+    if wrong := missing_parts(jobs):
+        raise ModelError(message(place_name, [f"{name}: {error}" for name, error in wrong.items()]))
     for catalog in sorted({job.publish.catalog for job in jobs}):
         Catalog.at(catalog).check()
     if any(job.publish.sign for job in jobs):

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raytune_ft.errors import StorageError, StorageFull
-from raytune_ft.methods.full import add_full, save_full, unfreezing_full
-from raytune_ft.methods.lora import add_lora, remove_lora, save_lora
+from raytune_ft.methods.full import add_full, check_full, save_full, unfreezing_full
+from raytune_ft.methods.lora import add_lora, check_lora, remove_lora, save_lora
 from raytune_ft.methods.selective import Unfreezing
 from raytune_ft.spec import FullSpec, LoraSpec, Section
 from raytune_ft.storage import disk_errors
@@ -24,6 +24,8 @@ _NEARLY_FULL_BYTES = 1 << 20
 class Method:
     """What the recipe needs of a method."""
 
+    check: Callable[[nn.Module, Any], None]
+    """(model, spec): refuses a spec that names what the model does not have. No weight is looked at."""
     add: Callable[[nn.Module, Any, int, int], dict[str, nn.Parameter]]
     """(model, spec, seed, slot) → trainable parameters by name; changes the model in place."""
     save: Callable[[nn.Module, Any, Path, str, int], None]
@@ -59,9 +61,15 @@ def saving(folder: Path) -> Iterator[None]:
 
 METHODS: Mapping[type[Section], Method] = {
     LoraSpec: Method(
-        add=add_lora, save=save_lora, remove=remove_lora, artifact="adapter", shares_passes=True
+        check=check_lora,
+        add=add_lora,
+        save=save_lora,
+        remove=remove_lora,
+        artifact="adapter",
+        shares_passes=True,
     ),
     FullSpec: Method(
+        check=check_full,
         add=add_full,
         save=save_full,
         remove=None,

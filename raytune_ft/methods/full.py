@@ -8,6 +8,16 @@ from raytune_ft.methods.selective import Unfreezing, selected, unfreezing
 from raytune_ft.spec import FullSpec
 
 
+def check_full(model: nn.Module, spec: FullSpec) -> None:
+    """Refuse what `train_only` asks for and the model does not have.
+
+    Raises:
+        ModelError: names what it has.
+    """
+    if spec.train_only is not None:
+        selected([name for name, _ in model.named_parameters()], spec.train_only)
+
+
 def add_full(model: nn.Module, spec: FullSpec, seed: int, slot: int = 0) -> dict[str, nn.Parameter]:  # noqa: ARG001  one table, one signature
     """Unfreeze what the spec trains; return it by name, tied parameters once.
 

@@ -206,6 +206,15 @@ def shortest_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]
     return sorted(found)
 
 
+def check_lora(model: nn.Module, spec: LoraSpec) -> None:
+    """Refuse targets that fit no layer of the model.
+
+    Raises:
+        ModelError: names the layers that exist.
+    """
+    target_paths(linear_modules(model), spec.targets)
+
+
 def add_lora(model: nn.Module, spec: LoraSpec, seed: int, slot: int = 0) -> dict[str, nn.Parameter]:
     """Put adapters around the target layers in place; return what is trained by its name on disk.
 
@@ -216,6 +225,9 @@ def add_lora(model: nn.Module, spec: LoraSpec, seed: int, slot: int = 0) -> dict
         spec: the job's method.
         seed: of the job: where its adapters begin, and what dropout takes.
         slot: names the job on this base.
+
+    Raises:
+        ModelError: a target fits no layer.
     """
     linear = linear_modules(model)
     parameters: dict[str, nn.Parameter] = {}

@@ -41,6 +41,11 @@ class LoraSpec(Section):
     )
     """Modules with an update: all linear layers but the head, the attention projections, or name suffixes."""
 
+    @property
+    def names_parts(self) -> bool:
+        """Whether it names parts of the base, which a base may not have."""
+        return self.targets != "all-linear"
+
 
 class TrainOnlySpec(Section):
     """Which weights are trained, in one of three ways; the others stay those of the base."""
@@ -80,6 +85,11 @@ class FullSpec(Section):
     """Train some of the weights; null: all. The published model is whole in any case."""
     unfreeze: UnfreezeSpec | None = None
     """Begin with the last layer alone; null: train all from the first step."""
+
+    @property
+    def names_parts(self) -> bool:
+        """See `LoraSpec.names_parts`."""
+        return self.train_only is not None
 
 
 def _method_kind(value: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import ray
 import ray.exceptions
@@ -39,10 +39,14 @@ from raytune_ft.tensorboard import ScalarLog, step_scalars
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
 from raytune_ft.train.budgets import lost, run_config
 from raytune_ft.train.lease import Lease, check_holds, hold
+from raytune_ft.train.parts import missing_parts
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
 from raytune_ft.train.room import BusyCluster, find_room
 from raytune_ft.train.run import Run, name_inputs
 from raytune_ft.train.trainer import Trainer, start_fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _QUARANTINE_FILE = "quarantine.jsonl"
 _POLL_S = 0.2
@@ -140,7 +144,7 @@ def _train_held(
     """Pass the data and run the workers; who calls it holds the lease."""
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        tokenizer = pool.submit(load_tokenizer, job.model)
+        tokenizer = pool.submit(_tokenizer_of, job)
         with ray_session() as own_cluster:
             placement = find_room(job.cluster, wait_s, on_event)
             on_event({"phase": "data"})
@@ -153,6 +157,13 @@ def _train_held(
             on_event({"phase": "start"})
             outcome = _run_workers(assignment, run, lease, output, on_event, own_cluster=own_cluster)
             return assignment, outcome
+
+
+def _tokenizer_of(job: JobSpec) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base that has all parts which the job names."""
+    if wrong := missing_parts([job]):
+        raise wrong[job.name]
+    return load_tokenizer(job.model)
 
 
 def inputs_of(job: JobSpec, base: str) -> str:

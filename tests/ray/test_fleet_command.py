@@ -99,6 +99,10 @@ def test_a_fleet_from_its_first_failure_to_its_end(run: Run, fleet_file: Path, t
             "model.path = {folder}/none: no such folder, and not a Hub id",
         ),
         (
+            ["{file}", "--set", "jobs.1.method.targets=[q_proj, query]"],
+            "{file} has 1 problem:\n  two: method.targets: no linear layer is called 'query'; the base has down_proj, …",
+        ),
+        (
             ["{file}", "--set", "jobs.1.data.sources=[{{uri: {folder}/none.jsonl}}]"],
             "{file} has 1 problem:\n  two: data.sources[0].uri = {folder}/none.jsonl: no such file, …",
         ),

@@ -221,8 +221,14 @@ class TestRefused:
         assert not list(Path(job.publish.catalog).glob("runs/*/*/checkpoint_*"))
 
     def test_a_target_that_does_not_exist(self, job: JobSpec, tmp_path: Path) -> None:
+        phases: list[str] = []
         with pytest.raises(ModelError) as caught:
-            train(changed(job, method={"targets": ["query"]}), tmp_path)
+            train(
+                changed(job, method={"targets": ["query"]}),
+                tmp_path,
+                on_event=lambda event: phases.append(event["phase"]),
+            )
+        assert "start" not in phases, "no worker was asked for"
         assert str(caught.value) == (
             "method.targets: no linear layer is called 'query'; the base has "
             "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
