@@ -144,12 +144,14 @@ def _train_held(
     """Pass the data and run the workers; who calls it holds the lease."""
     # Both take seconds: one computes, the other waits for processes.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        tokenizer = pool.submit(_tokenizer_of, job)
+        loading = pool.submit(_tokenizer_of, job)
         with ray_session() as own_cluster:
+            # A base that is refused is no reason to wait for nodes.
+            tokenizer = loading.result()
             placement = find_room(job.cluster, wait_s, on_event)
             on_event({"phase": "data"})
-            data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer.result(), cache=cache)
-            others = read_other_tasks(job, tokenizer=tokenizer.result(), cache=cache)
+            data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer, cache=cache)
+            others = read_other_tasks(job, tokenizer=tokenizer, cache=cache)
             # The renewal may be late; what was left behind is deleted now.
             check_holds(run.storage, channel)
             state = run.begin(data.fingerprint, base)

@@ -100,7 +100,7 @@ def test_a_fleet_from_its_first_failure_to_its_end(run: Run, fleet_file: Path, t
         ),
         (
             ["{file}", "--set", "jobs.1.method.targets=[q_proj, query]"],
-            "{file} has 1 problem:\n  two: method.targets: no linear layer is called 'query'; the base has down_proj, …",
+            "{file} has 1 problem:\n  two: method.targets: no linear layer is called 'query'; the base has …",
         ),
         (
             ["{file}", "--set", "jobs.1.data.sources=[{{uri: {folder}/none.jsonl}}]"],
