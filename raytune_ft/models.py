@@ -74,7 +74,12 @@ def outline(spec: ModelSpec) -> "PreTrainedModel":
             folder, trust_remote_code=spec.trust_remote_code, **classes_config(spec)
         )
         with torch.device("meta"):
-            model = _auto_model(spec, written).from_config(config, trust_remote_code=spec.trust_remote_code)
+            model = _auto_model(spec, written).from_config(
+                config,
+                # A driver need not have the kernels of the workers; no name depends on them.
+                attn_implementation="eager",
+                trust_remote_code=spec.trust_remote_code,
+            )
     except _LOADING as error:
         raise _does_not_load(spec, error) from None
     drawn: PreTrainedModel = model
