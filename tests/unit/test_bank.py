@@ -92,7 +92,7 @@ class TestEquality:
             assert found.ends == [None]
             assert same_bits(found, run_alone(tiny.llama(layers=1), job))
 
-    @pytest.mark.parametrize("count", [2, 8])
+    @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 8])
     def test_fifty_steps(self, count: int) -> None:
         random = np.random.default_rng(count)
         jobs = [
