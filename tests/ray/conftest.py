@@ -15,8 +15,8 @@ import psutil
 import pytest
 import ray
 import tiny
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from signing_keys import private_pem
 
 from raytune_ft.spec import JobSpec, parse_job
 
@@ -64,10 +64,7 @@ def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def signing_key() -> str:
     """A private key as PEM text."""
-    text = Ed25519PrivateKey.from_private_bytes(bytes(32)).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return text.decode()
+    return private_pem(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 
 @pytest.fixture

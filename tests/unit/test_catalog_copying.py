@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from signing_keys import private_pem
 from stores import Crash, CrashingStorage, adapter_files, draft
 from typer.testing import CliRunner
 
@@ -36,14 +36,7 @@ V1 = "adapters/capital/versions/9999999998.json"
 # The note, three files, the record; and the probe of conditional writes before them.
 PROBE_WRITES = 2
 WRITES = 5
-PEMS = [
-    Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32)
-    .private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    .decode()
-    for byte in (1, 2)
-]
+PEMS = [private_pem(Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32)) for byte in (1, 2)]
 SIGNER, OTHER = (Signer.from_pem(pem, "test") for pem in PEMS)
 
 

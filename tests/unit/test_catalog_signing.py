@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+from signing_keys import private_pem, public_pem
 from stores import adapter_files, draft
 from typer.testing import CliRunner
 
@@ -34,20 +34,6 @@ from raytune_ft.storage import open_storage
 
 V1 = "adapters/capital/versions/9999999998.json"
 ALTERED = "its signature is not one of this record; the record was altered or damaged"
-
-
-def private_pem(key: Any, password: bytes | None = None) -> str:
-    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
-    if password:
-        encryption = serialization.BestAvailableEncryption(password)
-    form = serialization.PrivateFormat.PKCS8
-    return str(key.private_bytes(serialization.Encoding.PEM, form, encryption).decode())
-
-
-def public_pem(key: Any) -> str:
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return str(key.public_key().public_bytes(serialization.Encoding.PEM, form).decode())
-
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32) for byte in (1, 2))
 SIGNER = Signer.from_pem(private_pem(KEY), "test")
