@@ -73,7 +73,7 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
 
 def templates_command() -> None:
     """Print the built-in templates, each around a prompt and an answer."""
-    from raytune_ft.data.records import Turn
+    from raytune_ft.data.conversation import Turn
     from raytune_ft.data.template import TEMPLATES
 
     table = Table("template", "a prompt, and where its answer begins", show_lines=True)

@@ -13,7 +13,7 @@ from raytune_ft.errors import StorageDenied, StorageFull
 from raytune_ft.spec import DataSpec
 from raytune_ft.storage import Storage
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Of the file, and of the rules by which records become tokens: what another version wrote is not read."""
 
 _unwritable = set[str]()
@@ -75,6 +75,10 @@ def cache_key(
         "encoder": encoder.digest,
         "template": source.template,
         "fields": source.fields.model_dump(mode="json"),
+        "ignore": sorted(source.ignore),
+        "on_lost": source.on_lost,
+        "turns": data.turns,
+        "thoughts": data.thoughts,
         "max_tokens": data.max_tokens,
         "too_long": data.too_long,
         "split": data.split.model_dump(mode="json"),

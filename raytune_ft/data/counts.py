@@ -45,15 +45,41 @@ class Counts:
     """Of the training split, per epoch at weight 1."""
     learned_tokens: int = 0
     """Of the training split: those that the loss sums over."""
+    divided: int = 0
+    """Chats that became several examples, since no single text gives each answer its own prompt."""
+    answers: int = 0
+    """The assistant's turns in records that are not malformed."""
+    learned_answers: int = 0
+    ends: int = 0
+    """Learned answers whose end is learned too."""
+    calls: int = 0
+    """Calls of tools in records that are not malformed."""
+    learned_calls: int = 0
+    thoughts: int = 0
+    """Answers with thoughts, those that `data.thoughts` drops too."""
+    learned_thoughts: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Records of which something did not reach the model, by its name: columns and keys that are ignored or
+    that nothing reads, and what a template leaves out."""
 
     def add(self, other: "Counts") -> None:
         """Add another's counts to these."""
         for each in fields(Counts):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+            own, added = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(own, dict):
+                own, added = Counter(own), Counter(added)
+            total = own + added
+            setattr(self, each.name, dict(sorted(total.items())) if isinstance(total, Counter) else total)
 
     def scaled(self, factor: Fraction) -> "Counts":
         """Each count times `factor`, rounded."""
-        return Counts(**{name: round(count * factor) for name, count in asdict(self).items()})
+        scaled: dict[str, Any] = {}
+        for name, count in asdict(self).items():
+            if isinstance(count, dict):
+                scaled[name] = {key: round(part * factor) for key, part in count.items()}
+            else:
+                scaled[name] = round(count * factor)
+        return Counts(**scaled)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ A Hub tokenizer takes seconds to import in each process; its Rust core and a few
 import hashlib
 import pickle
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.data.words import WordEncoder
@@ -33,9 +35,13 @@ class Encoder:
     adds_bos: bool
     """The tokenizer puts its BOS before every text by itself."""
     end_ids: frozenset[int]
-    """EOS and the markers of the vocabulary, such as `<|im_end|>`: by each a template may end a turn."""
+    """EOS and the added tokens of the vocabulary, such as `<|im_end|>`: by each a template may end a turn."""
+    end_tokens: tuple[str, ...]
+    """Their texts, sorted."""
     adds_space: bool
     """It puts a word marker before every text, as SentencePiece does."""
+    adds_eos: bool
+    """It puts its EOS behind every text by itself: each text is made to stand alone, as those of T5 are."""
     chat_template: str | None
     special_tokens: Mapping[str, str]
     """What a chat template knows by name: bos_token, eos_token, …"""
@@ -48,14 +54,17 @@ class Encoder:
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         dressed = tokenizer("a")["input_ids"]
         bos_id = tokenizer.bos_token_id
+        ends = _ends(tokenizer)
         encoder = cls(
             backend=_backend(tokenizer),
             eos_id=tokenizer.eos_token_id,
             eos_token=tokenizer.eos_token or "",
             bos_id=bos_id,
             adds_bos=bos_id is not None and dressed[:1] == [bos_id] != plain[:1],
-            end_ids=_end_ids(tokenizer),
+            end_ids=frozenset(ends),
+            end_tokens=tuple(sorted(text for text in ends.values() if text)),
             adds_space=bool(plain) and str(tokenizer.convert_ids_to_tokens(plain[0])).startswith("▁"),
+            adds_eos=dressed[-1:] == [tokenizer.eos_token_id] != plain[-1:],
             chat_template=_chat_template(tokenizer),
             special_tokens=dict(tokenizer.special_tokens_map),
         )
@@ -70,6 +79,28 @@ class Encoder:
         if self._words is not None:
             return self._words.encode(texts)
         return [array("i", ids) for ids in _encode(self.backend, texts)]
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether texts that follow each other have to be encoded together: alone, each would get a space."""
+        return self.adds_space and not self.adds_eos
+
+    def encode_joined(self, texts: Sequence[str]) -> list["array[int]"] | None:
+        """Token ids of texts that follow each other, as one text has them: each gets those that begin in it.
+
+        Returns:
+            None where a token reaches from one text into the next, or the tokenizer cannot tell.
+        """
+        ids, offsets = _encode_with_offsets(self.backend, "".join(texts))
+        borders = list(accumulate(map(len, texts)))
+        found = [array("i") for _ in texts]
+        for token, (start, stop) in zip(ids, offsets, strict=True):
+            at = bisect_right(borders, start)
+            if at == len(texts) or stop > borders[at]:
+                return None
+            found[at].append(token)
+        # A text without a token of its own stands inside another's.
+        return found if all(ids or not text for ids, text in zip(found, texts, strict=True)) else None
 
     @cached_property
     def _words(self) -> WordEncoder | None:
@@ -145,11 +176,26 @@ def _encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Special tokens that an answer can end with: EOS, and no unknown word, padding or BOS but EOS."""
-    special = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
-    inner = {tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
-    return frozenset((special - inner) | ({tokenizer.eos_token_id} - {None}))
+def _encode_with_offsets(backend: Any, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+    """Token ids, and the characters that each stands for; nothing where the tokenizer does not tell."""
+    from tokenizers import Tokenizer
+
+    if isinstance(backend, Tokenizer):
+        encoded = backend.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+    if not backend.is_fast:
+        return [], []
+    encoded = backend(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _ends(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Tokens that an answer can end with: EOS and what was added to the vocabulary, without BOS."""
+    inner = {tokenizer.unk_token_id, tokenizer.bos_token_id}
+    ends = {at: token.content for at, token in tokenizer.added_tokens_decoder.items() if at not in inner}
+    if tokenizer.eos_token_id is not None:
+        ends[tokenizer.eos_token_id] = tokenizer.eos_token
+    return ends
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:

@@ -6,20 +6,23 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
+from raytune_ft.data.conversation import Conversation, Malformed, PlainText, check_label
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, NO_LEARNED_TOKENS, Counts, WindowReport
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.formats import BadRecord, RawRecord, read_window
-from raytune_ft.data.records import Conversation, Malformed, PlainText, check_label, read_record
+from raytune_ft.data.records import read_record
+from raytune_ft.data.segments import Example, Rendered
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.split import split_of
-from raytune_ft.data.template import Segment, concrete_name, render
+from raytune_ft.data.teaching import as_told, check_lost, count_learned, count_turns, left_out
+from raytune_ft.data.template import concrete_name, render, shortened
 from raytune_ft.data.tokenise import Tokenised, fit, tokenise
 from raytune_ft.data.windows import Window
 from raytune_ft.spec import DataSpec
@@ -137,6 +140,15 @@ def _reports() -> TypeAdapter[WindowReport]:
     return TypeAdapter(WindowReport)
 
 
+class _Record(NamedTuple):
+    """A record that was rendered."""
+
+    place: int
+    raw: RawRecord
+    record: Conversation | PlainText
+    rendered: Rendered
+
+
 class _Reading:
     """The state of reading one window. Examples are kept as flat arrays, which is what Arrow keeps."""
 
@@ -147,6 +159,7 @@ class _Reading:
         self._labels = labels
         self._source = data.sources[found.source]
         self._counts = Counts()
+        self._left_out = Counter[str]()
         self._bad: list[BadRecord] = []
         self._masked = 0
         self._longest = 0
@@ -161,44 +174,44 @@ class _Reading:
     def read(self, records: Sequence[RawRecord | BadRecord]) -> None:
         """Take the next records."""
         rendered = list(self._rendered(records))
-        tokenised = tokenise([segments for _, _, _, segments in rendered], self._encoder)
-        examples: list[Tokenised] = []
-        limit, split = self._data.max_tokens, self._data.split
-        for (place, raw, record, _), example in zip(rendered, tokenised, strict=True):
-            if example is None:
+        segments = [example.segments for each in rendered for example in each.rendered.examples]
+        tokenised = iter(tokenise(segments, self._encoder))
+        kept: list[Tokenised] = []
+        for each in rendered:
+            pairs = [(example, next(tokenised)) for example in each.rendered.examples]
+            found = [(example, tokens) for example, tokens in pairs if tokens is not None]
+            if not found:
                 self._masked += 1
-                self._refuse(BadRecord.of(self._found.uri, raw, NO_LEARNED_TOKENS))
+                self._refuse(BadRecord.of(self._found.uri, each.raw, NO_LEARNED_TOKENS))
                 continue
-            kept = example if len(example.input_ids) <= limit else self._fitted(example)
-            if kept is not None:
-                examples.append(kept)
-                self._places.append(place)
-                self._splits.append(split_of(record.input_text, split))
-                self._references.append(record.references if isinstance(record, Conversation) else ())
-        self._lengths += [len(example.input_ids) for example in examples]
-        self._ids.append(np.frombuffer(b"".join(e.input_ids for e in examples), dtype=np.int32))
-        self._runs.append(np.fromiter(chain.from_iterable(e.runs for e in examples), dtype=np.int64))
+            self._counts.divided += len(found) > 1
+            count_turns(self._counts, each.record)
+            kept += self._kept(each, found)
+        self._lengths += [len(tokens.input_ids) for tokens in kept]
+        self._ids.append(np.frombuffer(b"".join(tokens.input_ids for tokens in kept), dtype=np.int32))
+        self._runs.append(np.fromiter(chain.from_iterable(tokens.runs for tokens in kept), dtype=np.int64))
 
     def finish(self) -> TokenisedWindow:
         """The table and the report, once all records were read."""
         ids, runs = np.concatenate(self._ids), np.concatenate(self._runs)
         learned = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         self._count(learned)
-        last = np.cumsum(self._lengths, dtype=np.int64) - 1
+        # Where a run of learned tokens stops, and where the data itself stops.
+        ends = np.flatnonzero(learned & ~np.append(learned[1:], False))
+        borders = np.cumsum(self._lengths, dtype=np.int64) - 1
+        ends = np.union1d(ends, borders[learned[borders]])
         report = WindowReport(
             counts=self._counts,
             bad=tuple(self._bad),
             reasons={NO_LEARNED_TOKENS: self._masked} if self._masked else {},
             templates=dict(self._templates),
-            end_ids=tuple(np.unique(ids[last[learned[last]]]).tolist()),
+            end_ids=tuple(np.unique(ids[ends]).tolist()),
             longest=max(self._longest, max(self._lengths, default=0)),
         )
         return TokenisedWindow(self._table(ids, learned), report)
 
-    def _rendered(
-        self, records: Sequence[RawRecord | BadRecord]
-    ) -> Iterator[tuple[int, RawRecord, Conversation | PlainText, Sequence[Segment]]]:
-        fields, template, encoder = self._source.fields, self._source.template, self._encoder
+    def _rendered(self, records: Sequence[RawRecord | BadRecord]) -> Iterator[_Record]:
+        source, encoder = self._source, self._encoder
         first = self._counts.records
         self._counts.records += len(records)
         for place, raw in enumerate(records, first):
@@ -206,16 +219,33 @@ class _Reading:
                 self._refuse(raw)
                 continue
             try:
-                record = read_record(raw.value, fields)
+                record = read_record(raw.value, source.fields, source.ignore)
                 if self._labels:
                     check_label(record, self._labels)
-                name = concrete_name(template, record, encoder)
-                segments = render(name, record, encoder)
+                if isinstance(record, Conversation):
+                    record = as_told(record, self._data)
+                name = concrete_name(source.template, record, encoder)
+                rendered = render(name, record, encoder)
+                check_lost(rendered.lost, source, shortened(name))
             except Malformed as error:
                 self._refuse(BadRecord.of(self._found.uri, raw, str(error)))
                 continue
             self._templates[name] += 1
-            yield place, raw, record, segments
+            self._left_out.update(left_out(raw.value, record, rendered.lost, source.ignore))
+            yield _Record(place, raw, record, rendered)
+
+    def _kept(self, each: _Record, found: Sequence[tuple[Example, Tokenised]]) -> Iterator[Tokenised]:
+        """Those of a record's examples that are short enough."""
+        split = split_of(each.record.input_text, self._data.split)
+        for example, tokens in found:
+            kept = tokens if len(tokens.input_ids) <= self._data.max_tokens else self._fitted(tokens)
+            if kept is None:
+                continue
+            self._places.append(each.place)
+            self._splits.append(split)
+            self._references.append(_references(each.record, example))
+            count_learned(self._counts, each.record, example, has_eos=self._encoder.eos_id is not None)
+            yield kept
 
     def _fitted(self, example: Tokenised) -> Tokenised | None:
         self._longest = max(self._longest, len(example.input_ids))
@@ -233,6 +263,7 @@ class _Reading:
         in_training = np.repeat([split == "train" for split in self._splits], self._lengths).astype(np.bool_)
         counts.tokens = int(in_training.sum())
         counts.learned_tokens = int((in_training & learned).sum())
+        counts.left_out = dict(sorted(self._left_out.items()))
 
     def _refuse(self, bad: BadRecord) -> None:
         self._counts.bad += 1
@@ -253,3 +284,13 @@ class _Reading:
             lists("references", [len(texts) for texts in self._references], references),
         ]
         return pa.table(columns, schema=SCHEMA)
+
+
+def _references(record: Conversation | PlainText, example: Example) -> tuple[str, ...]:
+    """Texts that the last answer of an example may equally be."""
+    if isinstance(record, PlainText) or not example.answers:
+        return ()
+    last = example.answers[-1]
+    if last == len(record.turns) - 1 and record.references[0].strip():
+        return record.references
+    return (example.segments[-1].text,)

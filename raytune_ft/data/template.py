@@ -6,15 +6,18 @@ A template gives segments. What the model is given is not learned; what it answe
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from raytune_ft.data.chat_template import ChatTemplate
+from raytune_ft.data.conversation import Conversation, Malformed, PlainText, Turn
+from raytune_ft.data.coverage import TURN_PARTS, Part, missing, parts_of
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.records import Conversation, Malformed, PlainText, Turn
+from raytune_ft.data.segments import Example, Rendered, Segment
+from raytune_ft.data.values import as_json
 from raytune_ft.errors import DataError
 
 AUTO = "auto"
@@ -22,23 +25,18 @@ CHAT = "chat"
 RAW_TEXT = "text"
 
 
-class Segment(NamedTuple):
-    """A piece of text, tokenised by itself."""
-
-    text: str
-    learned: bool
-    ends_turn: bool = False
-    """The template itself wrote the end of the answer, such as `<|im_end|>`."""
-
-
 class Template(Protocol):
     """Renders conversations."""
 
-    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """Segments of a whole conversation. Raises Malformed where the template has no place for a turn."""
+    def render(self, conversation: Conversation) -> Rendered:
+        """Render the learned answers of a conversation, each after what it is given.
 
-    def open_answer(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
-        """Segments that generation is given: all turns, and the beginning of the next answer."""
+        Raises:
+            Malformed: the template refuses the conversation.
+        """
+
+    def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
+        """Return what generation is given: all turns, and the beginning of the next answer."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +59,62 @@ class TurnFormat:
     end: str = ""
     between: str = ""
     eos: str = ""
-    name: str = ""
 
-    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
+    end_tokens: tuple[str, ...] | None = None
+    """Tokens that an answer can end with; None: any marker."""
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """See Template.
+
+        Answers share an example where the format ends them with a token; where EOS has to end them, each has
+        one of its own.
+        """
+        turns = conversation.turns
+        learned = [at for at in conversation.learned if turns[at].text.strip()]
+        groups = [learned] if self._ends_turn else [[at] for at in learned]
+        examples = tuple(
+            Example(self._segments(turns[: group[-1] + 1], group), tuple(group)) for group in groups if group
+        )
+        return Rendered(examples, tuple(self._without_place(conversation)))
+
+    def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
         """See Template."""
-        return self._segments(conversation.turns)[0]
+        asked = (*turns, Turn("assistant", "answer"))
+        answers = [at for at, turn in enumerate(asked) if turn.role == "assistant"]
+        return self._segments(asked, answers if self._ends_turn else answers[-1:])[:-1]
 
-    def open_answer(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
-        """See Template."""
-        segments, rest = self._segments(turns)
-        return (*segments, Segment(rest + self._fill(self.opening), learned=False))
-
-    def _segments(self, turns: Sequence[Turn]) -> tuple[tuple[Segment, ...], str]:
-        """Segments up to the last answer, and the text after it."""
-        segments = []
+    def _segments(self, turns: Sequence[Turn], learned: Sequence[int]) -> tuple[Segment, ...]:
+        """Segments of turns of which the last is learned."""
+        segments: list[Segment] = []
         system = prompt = ""
         opening, end, between = self._around_answers
-        for turn in turns:
+        for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                segments.append(Segment(prompt + opening, False))
-                segments.append(Segment(self.lead + turn.text + end, True, bool(end)))
-                prompt = between
+                answer = self.lead + turn.inline_text + end
+                if at in learned:
+                    segments.append(Segment(prompt + opening, learned=False))
+                    segments.append(Segment(answer, learned=True, ends_turn=self._ends_turn))
+                    prompt = between
+                elif turn.text.strip():
+                    prompt += opening + answer + between
             elif turn.role == "system" and not self.system:
                 system += f"{turn.text}\n\n"
-            else:
+            elif turn.role != "tool" or self.tool:
                 prompt += self._ask(turn, system)
                 system = ""
-        return tuple([segment for segment in segments if segment.text]), prompt
+        return tuple(segment for segment in segments if segment.text)
+
+    @property
+    def _ends_turn(self) -> bool:
+        """Whether the format's own end is one by which generation stops."""
+        end = self._around_answers[1]
+        return bool(end) if self.end_tokens is None else end.endswith(self.end_tokens)
+
+    def _without_place(self, conversation: Conversation) -> Iterable[Part]:
+        """What the conversation says and this format has no place for."""
+        for part in parts_of(conversation):
+            if (part.name == "tool" and not self.tool) or part.name not in (*TURN_PARTS.values(), "thoughts"):
+                yield part
 
     @cached_property
     def _around_answers(self) -> tuple[str, str, str]:
@@ -105,8 +132,6 @@ class TurnFormat:
             before, after = self._around_user
             return before + system + turn.text + after
         form = self.system if turn.role == "system" else self.tool
-        if not form:
-            raise Malformed(f"template {self.name} has no place for a {turn.role} turn")
         return self._fill(form, content=system + turn.text)
 
     def _fill(self, form: str, **values: str) -> str:
@@ -188,108 +213,44 @@ class InlineTemplate:
     source: str
     compiled: jinja2.Template
 
-    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """See Template."""
-        prompt = self._fill(conversation.columns, conversation.turns[:-1])
-        answer = Segment(conversation.turns[-1].text, learned=True)
-        return (Segment(prompt, learned=False), answer) if prompt else (answer,)
+    def render(self, conversation: Conversation) -> Rendered:
+        """See Template. The last answer alone is learned."""
+        *given, answer = conversation.turns
+        prompt = self._fill(conversation.columns, given)
+        if not answer.learned:
+            return Rendered((Example(()),))
+        learned = Segment(answer.inline_text, learned=True)
+        segments = (Segment(prompt, learned=False), learned) if prompt else (learned,)
+        lost: list[Part] = []
+        if conversation.shape == "chat":
+            # Of other records the template takes the columns that its author wants.
+            lost = missing(parts_of(conversation), [prompt + answer.inline_text])
+        return Rendered((Example(segments, (len(given),)),), tuple(lost))
 
-    def open_answer(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+    def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
         """See Template. A prompt from the command line stands in every usual prompt column."""
         asked = turns[-1].content
         columns = {"prompt": asked, "instruction": asked, "question": asked, "input": turns[-1].context}
         return (Segment(self._fill(columns, turns), learned=False),)
 
     def _fill(self, columns: Mapping[str, Any], turns: Sequence[Turn]) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            return _encodable(self.compiled.render({"messages": messages, **columns}))
+            rendered = self.compiled.render(
+                {"messages": [_inline_message(turn) for turn in turns], **columns}
+            )
+            # A column's half of a surrogate pair may have come through.
+            rendered.encode("utf-8")
         except Exception as error:  # A template is a program: it can fail in any way.
             known = ", ".join(columns) or "none"
             raise Malformed(
                 f"template {shortened(self.source)}: {error}; besides the completion the record has {known}"
             ) from error
+        return rendered
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The tokenizer's own chat template. Where turns begin and end is found by rendering prefixes."""
-
-    source: str
-    special_tokens: Mapping[str, str]
-
-    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """See Template. A template that rewrites earlier turns has its last answer learned alone."""
-        turns = conversation.turns
-        answers = [at for at, turn in enumerate(turns) if turn.role == "assistant"]
-        whole = self.text(turns, opening=False)
-        segments = self._slice(whole, turns, answers) or self._slice(whole, turns, answers[-1:])
-        if segments is None:
-            raise Malformed(
-                "the tokenizer's chat template does not render the last answer after its own prompt"
-            )
-        return segments
-
-    def open_answer(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
-        """See Template."""
-        return (Segment(self.text(turns, opening=True), learned=False),)
-
-    def text(self, turns: Sequence[Turn], *, opening: bool) -> str:
-        """The turns as the template writes them, with or without the opening of an answer."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            return _encodable(
-                render_chat(self.source, messages, add_generation_prompt=opening, **self.special_tokens)
-            )
-        except Exception as error:  # A template is a program: it can fail in any way.
-            raise Malformed(f"the tokenizer's chat template refuses it: {error}") from error
-
-    def _slice(self, whole: str, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[Segment, ...] | None:
-        """Segments with these answers learned, or None where a prefix does not begin the whole."""
-        segments = []
-        done = 0
-        for at in answers:
-            before = self.text(turns[:at], opening=True)
-            after = whole if at == len(turns) - 1 else self.text(turns[: at + 1], opening=False)
-            if not (
-                whole.startswith(before) and whole.startswith(after) and done <= len(before) < len(after)
-            ):
-                return None
-            answer = self._answer(after[len(before) :], turns[at].text)
-            segments += [Segment(whole[done : len(before)], learned=False), answer]
-            done = len(before) + len(answer.text)
-        return tuple(segments)
-
-    def _answer(self, rendered: str, answer: str) -> Segment:
-        """Without the white space that follows an end-of-turn marker: generation stops at the marker."""
-        stripped, spoken = rendered.rstrip(), answer.strip()
-        at = stripped.find(spoken)
-        # Not endswith: an answer may be how the marker ends, such as ">".
-        marked = at < 0 or at + len(spoken) < len(stripped)
-        return Segment(stripped if marked else rendered, learned=True, ends_turn=marked)
-
-
-_DATE = datetime(2024, 7, 26)
-
-
-def _date(form: str) -> str:
-    """What templates that begin with the date get: else the same data had other tokens each day."""
-    return _DATE.strftime(form)
-
-
-def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """A chat template's text as `apply_chat_template` renders it: the same sandbox, filters and functions.
-
-    But for the clock: a template that asks for the date gets the same one always.
-    """
-    # This module of transformers comes without torch; it is imported where a chat template is used.
-    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-
-    # It compiles each template once, and takes no functions as variables.
-    _compile_jinja_template(source).environment.globals["strftime_now"] = _date
-    rendered = render_jinja_template(conversations=[messages], chat_template=source, **variables)
-    text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
-    return text
+def _inline_message(turn: Turn) -> dict[str, Any]:
+    calls = [{"name": call.name, "arguments": call.arguments} for call in turn.calls]
+    return {"role": turn.role, "content": turn.inline_text, **({"tool_calls": calls} if calls else {})}
 
 
 def check_templates(templates: Iterable[str], encoder: Encoder) -> None:
@@ -321,8 +282,8 @@ def concrete_name(template: str, record: Conversation | PlainText, encoder: Enco
     return "plain" if record.shape == "prompt" else "instruction"
 
 
-def render(name: str, record: Conversation | PlainText, encoder: Encoder) -> tuple[Segment, ...]:
-    """Segments of a record.
+def render(name: str, record: Conversation | PlainText, encoder: Encoder) -> Rendered:
+    """Render a record.
 
     Args:
         name: a concrete template, see `concrete_name`.
@@ -330,11 +291,11 @@ def render(name: str, record: Conversation | PlainText, encoder: Encoder) -> tup
         encoder: the tokenizer's.
 
     Raises:
-        Malformed: the template has no place for what the record holds.
+        Malformed: the template refuses the record.
         DataError: see `check_templates`.
     """
     if name == RAW_TEXT and isinstance(record, PlainText):
-        return (Segment(record.text, learned=True),)
+        return Rendered((Example((Segment(record.text, learned=True),)),))
     if name == RAW_TEXT or isinstance(record, PlainText):
         found = "raw text" if isinstance(record, PlainText) else "a prompt and a completion"
         raise Malformed(f"the record is {found}, which template {shortened(name)} does not take; auto does")
@@ -353,24 +314,36 @@ def find_template(name: str, encoder: Encoder) -> Template:
                 "template: chat, but the model's tokenizer has no chat template; "
                 f"take one of {', '.join(TEMPLATES)}"
             )
-        return ChatTemplate(encoder.chat_template, encoder.special_tokens)
+        names = tuple(sorted(encoder.special_tokens.items()))
+        return _chat_template(encoder.chat_template, names, encoder.end_tokens)
     if "{{" in name or "{%" in name:
         return InlineTemplate(name, _compile(name))
-    return _built_in(name, encoder.eos_token)
+    return _built_in(name, encoder.eos_token, encoder.end_tokens)
+
+
+@lru_cache(maxsize=8)
+def _chat_template(
+    source: str, special_tokens: tuple[tuple[str, str], ...], end_tokens: tuple[str, ...]
+) -> ChatTemplate:
+    return ChatTemplate(source, dict(special_tokens), end_tokens)
 
 
 @lru_cache(maxsize=64)
-def _built_in(name: str, eos: str) -> TurnFormat:
+def _built_in(name: str, eos: str, end_tokens: tuple[str, ...]) -> TurnFormat:
     if name not in TEMPLATES:
         known = ", ".join((AUTO, CHAT, RAW_TEXT, *TEMPLATES))
         raise DataError(f"template: {name}: no such template; take {known}, or inline Jinja2")
-    return replace(TEMPLATES[name], eos=eos, name=name)
+    return replace(TEMPLATES[name], eos=eos, end_tokens=end_tokens)
 
 
 @lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_written,
     )
     try:
         return environment.from_string(source)
@@ -381,14 +354,9 @@ def _compile(source: str) -> jinja2.Template:
         raise DataError(f"template {shortened(source)}: {error}; write it simpler") from None
 
 
-def _encodable(rendered: str) -> str:
-    """The text, if tokenizers take it: a column's half of a surrogate pair may have come through.
-
-    Raises:
-        UnicodeEncodeError: it is not.
-    """
-    rendered.encode("utf-8")
-    return rendered
+def _written(value: Any) -> Any:
+    """What an expression of an inline template writes: text as it is, everything else as JSON."""
+    return value if isinstance(value, str | jinja2.Undefined) else as_json(value)
 
 
 def shortened(template: str) -> str:

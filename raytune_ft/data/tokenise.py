@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Literal, NamedTuple
 
+from raytune_ft.data.conversation import Malformed, Turn
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.records import Malformed, Turn
-from raytune_ft.data.template import AUTO, RAW_TEXT, Segment, find_template
+from raytune_ft.data.segments import Segment
+from raytune_ft.data.template import AUTO, RAW_TEXT, find_template
 from raytune_ft.errors import DataError
 
 
@@ -28,14 +29,27 @@ class Tokenised(NamedTuple):
 def tokenise(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> list[Tokenised | None]:
     """Token ids of each example, or None for one in which no token would be learned.
 
-    Each segment is encoded by itself, so that a prompt's tokens are exactly those that generation sees. A
-    segment's leading space belongs to it; tokenizers that put a space before every text (SentencePiece) get
-    an answer without it. BOS comes first where the tokenizer adds one and the text does not begin with it;
-    EOS comes last and is learned, unless the last token is EOS or another special one by which the template
-    ends the turn. One by which the data happens to end is no end.
+    A prompt's tokens are exactly those that generation sees: each segment is encoded by itself. Where the
+    tokenizer puts a space before every text (SentencePiece), an answer gets no second one, and segments that
+    are one text are encoded at once: each has the tokens that begin in it. BOS comes first where the
+    tokenizer adds one and the text does not begin with it; EOS comes last and is learned, unless the last
+    token is EOS or another special one by which the template ends the turn. One by which the data happens to
+    end is no end.
     """
-    encoded = iter(encoder.encode([text for segments in examples for text in _texts(segments, encoder)]))
+    encoded = iter(_encode(examples, encoder))
     return [_join(segments, encoded, encoder) for segments in examples]
+
+
+def _encode(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> list["array[int]"]:
+    """Token ids of all segments of all examples, one after another."""
+    if not encoder.is_joined:
+        return encoder.encode([text for segments in examples for text in _texts(segments, encoder)])
+    found: list[array[int]] = []
+    for segments in examples:
+        is_one_text = any(segment.continues for segment in segments)
+        joined = encoder.encode_joined([segment.text for segment in segments]) if is_one_text else None
+        found += joined or encoder.encode(_texts(segments, encoder))
+    return found
 
 
 def prompt_ids(segments: Sequence[Segment], encoder: Encoder) -> list[int]:

@@ -28,6 +28,12 @@ class RecordsSpec(Section):
     format: Literal["auto", "jsonl", "json", "natural-instructions", "csv", "parquet", "arrow"] = "auto"
     """`auto` finds it by content."""
     fields: FieldsSpec = FieldsSpec()
+    ignore: tuple[str, ...] = ()
+    """Columns, keys of messages and kinds of content (`tools`, `thoughts`, …) that need not reach the model;
+    they are counted by name."""
+    on_lost: Literal["refuse", "count"] = "refuse"
+    """What happens to a record of which the template leaves something out: it is malformed, or it is trained
+    on without that, and counted by name."""
 
 
 class SourceSpec(RecordsSpec):
@@ -73,10 +79,17 @@ class DataSpec(Section):
     too_long: Literal["drop", "cut"] = "drop"
     """What happens to an example above `max_tokens`: dropped, or its prompt cut from the left so that all
     learned tokens stay (dropped where they alone do not fit). Both are counted."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a chat are learned."""
+    thoughts: Literal["keep", "drop"] = "keep"
+    """What the assistant thinks before an answer (`reasoning_content`, `<think>`): learned with the answer,
+    or taken out and counted."""
     packing: bool = True
     """Pack the examples of a step into shared rows. Attention never crosses an example, so the result is
     the same to rounding; only padding goes."""
     max_bad_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """More malformed records than this stop the job before any training."""
+    """More malformed records than this, of all data or of one source, stop the job before any training."""
+    max_too_long_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """More examples of a source than this that are longer than `max_tokens`, and dropped, stop the job."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of the data, initial adapter weights and dropout."""

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from peer_cases import cases, needs_peers
 
-from raytune_ft.data.records import Conversation, Malformed, PlainText, read_record
+from raytune_ft.data.conversation import Conversation, Malformed, PlainText
+from raytune_ft.data.records import read_record
 from raytune_ft.spec import FieldsSpec
 
 pytestmark = needs_peers

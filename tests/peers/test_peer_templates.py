@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 from peer_cases import all_cases, cases, needs_peers
 
-from raytune_ft.data.records import ROLES, Conversation, Malformed, Turn
-from raytune_ft.data.template import TEMPLATES, ChatTemplate, Segment, render_chat
+from raytune_ft.data.chat_template import ChatTemplate, render_chat
+from raytune_ft.data.conversation import Conversation, Malformed, Turn
+from raytune_ft.data.message_forms import FIRST_FORM
+from raytune_ft.data.messages import ROLES
+from raytune_ft.data.segments import Rendered, Segment
+from raytune_ft.data.template import TEMPLATES
 
 pytestmark = needs_peers
 
@@ -23,17 +27,21 @@ OLLAMA = {
 }
 EMPTY_THOUGHT = 'test_reasoning_encode_oneturn*false, "enable_thinking": null}'
 REFUSED = {
-    "blenderbot": "after its own prompt",
-    "blenderbot_small": "after its own prompt",
-    "codellama/CodeLlama-70b-Instruct-hf": "after its own prompt",
-    "meta-llama/Llama-Guard-3-11B-Vision": "after its own prompt",
     "CohereForAI/c4ai-command-r-v01": "refuses it",
     "CohereForAI/c4ai-command-r-v01 (JSON Schema)": "refuses it",
 }
-"""Templates that cannot be trained with: a prompt is not how a whole chat begins, or tools are required."""
+"""Templates that cannot be trained with on these chats: they require tools."""
 TRAINABLE = [
     key for key in all_cases() if key.startswith("hf_jinja/") and key.partition("::")[2] not in REFUSED
 ]
+ANSWER_INSIDE = (
+    "codellama/CodeLlama-70b-Instruct-hf",
+    "meta-llama/Llama-Guard-3-11B-Vision",
+    "blenderbot",
+    "TheBloke/deepseek-coder-33B-instruct-AWQ",
+    "CohereLabs/c4ai-command-a-03-2025",
+)
+"""Templates whose prompts are not how the chat with its answer begins, or that always open the next answer."""
 QWEN_SYSTEM = Turn("system", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 
 
@@ -43,6 +51,12 @@ def turns(messages: list[dict[str, Any]]) -> tuple[Turn, ...]:
 
 def conversation(messages: list[dict[str, Any]], *before: Turn) -> Conversation:
     return Conversation((*before, *turns(messages)), (messages[-1]["content"],), "chat")
+
+
+def last(rendered: Rendered) -> tuple[Segment, ...]:
+    """Segments of the last answer's example."""
+    assert rendered.lost == ()
+    return rendered.examples[-1].segments
 
 
 def text(segments: tuple[Segment, ...]) -> str:
@@ -78,7 +92,7 @@ def test_chat_is_cut_into_prompts_and_responses(case: dict[str, Any]) -> None:
         "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    segments = ChatTemplate(source, {}).render(conversation(case["input"]["messages"]))
+    segments = last(ChatTemplate(source, {}).render(conversation(case["input"]["messages"])))
     expected = [piece for turn in case["expected"] for piece in (turn["prompt"], turn["response"])]
     assert [segment.text for segment in segments] == expected
     assert [segment.learned for segment in segments] == [False, True] * len(case["expected"])
@@ -86,7 +100,7 @@ def test_chat_is_cut_into_prompts_and_responses(case: dict[str, Any]) -> None:
 
 @cases("llamafactory/template_strings.json", "test_encode_oneturn test_llama3_template")
 def test_llama3_last_turn(case: dict[str, Any]) -> None:
-    *before, answer = TEMPLATES["llama3"].render(conversation(case["messages"]))
+    *before, answer = last(TEMPLATES["llama3"].render(conversation(case["messages"])))
     expected = case["turns"][-1]
     # BOS is a token of the tokenizer's here, not a text of the template's.
     assert text(tuple(before)) == expected["prompt"].removeprefix("<|begin_of_text|>")
@@ -95,7 +109,7 @@ def test_llama3_last_turn(case: dict[str, Any]) -> None:
 
 @cases("llamafactory/template_strings.json", "test_gemma_template")
 def test_gemma_last_turn(case: dict[str, Any]) -> None:
-    *before, answer = TEMPLATES["gemma"].render(conversation(case["messages"]))
+    *before, answer = last(TEMPLATES["gemma"].render(conversation(case["messages"])))
     expected = case["turns"][-1]
     assert text(tuple(before)) == expected["prompt"].removeprefix("<bos>")
     # The newline after the marker is not learned: generation stops at the marker.
@@ -104,7 +118,7 @@ def test_gemma_last_turn(case: dict[str, Any]) -> None:
 
 @cases("llamafactory/template_strings.json", "test_qwen2_5_template")
 def test_qwen_last_turn(case: dict[str, Any]) -> None:
-    *before, answer = TEMPLATES["chatml"].render(conversation(case["messages"], QWEN_SYSTEM))
+    *before, answer = last(TEMPLATES["chatml"].render(conversation(case["messages"], QWEN_SYSTEM)))
     expected = case["turns"][-1]
     assert text(tuple(before)) == expected["prompt"]
     assert answer.text == expected["answer"].removesuffix("\n")
@@ -118,7 +132,7 @@ def test_qwen_last_turn(case: dict[str, Any]) -> None:
 )
 def test_template_that_rewrites_history_learns_the_last_turn(case: dict[str, Any]) -> None:
     source = all_cases()["hf_jinja/chat_templates.json::Qwen/Qwen3-0.6B"]["chat_template"]
-    prompt, answer = ChatTemplate(source, {}).render(conversation(case["messages"]))
+    prompt, answer = last(ChatTemplate(source, {}).render(conversation(case["messages"])))
     expected = case["turns"][-1]
     assert (prompt.text, answer.text) == (expected["prompt"], expected["answer"].removesuffix("\n"))
     assert (prompt.learned, answer.learned) == (False, True)
@@ -136,20 +150,23 @@ def chat_template(key: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("key", TRAINABLE)
 def test_answers_of_a_chat_template_are_found(key: str) -> None:
-    """Segments are the rendered text, up to what follows the last end-of-turn marker."""
+    """Each answer follows what the template gives to generation there, and is learned up to its end."""
     template = chat_template(key)
-    segments = template.render(CHAT)
-    whole = template.text(CHAT.turns, opening=False)
-    assert whole.startswith(text(segments))
-    assert whole.removeprefix(text(segments)).strip() == ""
+    rendered = template.render(CHAT)
+    segments = last(rendered)
+    whole = template.text(CHAT, len(CHAT.turns), FIRST_FORM, opening=False)
+    if not key.partition("::")[2].startswith(ANSWER_INSIDE):
+        assert whole.startswith(text(segments))
+        assert whole.removeprefix(text(segments)).strip() == ""
     *_, asked, answer = segments
     assert (asked.learned, answer.learned) == (False, True)
     assert "2 + 2?" in asked.text
     assert "Four." in answer.text
-    assert whole.startswith(text(template.open_answer(ASKED)))
+    assert text(segments[:-1]) == text(template.open_answer(ASKED))
+    assert [at for example in rendered.examples for at in example.answers] == [1, 3]
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items())
-def test_chat_template_that_hides_its_answers_is_refused(name: str, reason: str) -> None:
+def test_chat_template_that_requires_tools_is_refused(name: str, reason: str) -> None:
     with pytest.raises(Malformed, match=reason):
         chat_template(f"hf_jinja/chat_templates.json::{name}").render(CHAT)

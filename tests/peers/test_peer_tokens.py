@@ -10,9 +10,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.masking_utils import find_packed_sequence_indices
 
+from raytune_ft.data.conversation import Conversation, Turn
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.pack import pack_first_fit
-from raytune_ft.data.records import Conversation, Turn, read_record
+from raytune_ft.data.records import read_record
 from raytune_ft.data.template import TEMPLATES, TurnFormat, render
 from raytune_ft.data.tokenise import Tokenised, prompt_ids, tokenise
 from raytune_ft.spec import FieldsSpec
@@ -78,7 +79,7 @@ def test_alpaca_in_chatml(case: dict[str, Any]) -> None:
     ]
     encoder = Encoder.of(tokenizer)
     record = read_record({"system": ALPACA_SYSTEM, **case["example"]}, FieldsSpec())
-    example = only(tokenise([render("chatml", record, encoder)], encoder))
+    example = only(tokenise([render("chatml", record, encoder).examples[0].segments], encoder))
     labels = [token if learned else IGNORED for token, learned in zip(*vars_of(example), strict=True)]
     assert list(example.input_ids) == case["expected_input_ids"]
     assert labels == case["expected_labels_prompt_masked"]
@@ -96,7 +97,7 @@ def test_labels_by_character(case: dict[str, Any]) -> None:
     encoder = Encoder.of(PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="\1"))
     record = read_record(case["example"], FieldsSpec())
     template = case["prompt_template"].replace("{prompt}", "{{ instruction }}")
-    example = only(tokenise([render(template, record, encoder)], encoder))
+    example = only(tokenise([render(template, record, encoder).examples[0].segments], encoder))
     ignored = case["ignore_index"]
     labels = [token if learned else ignored for token, learned in zip(*vars_of(example), strict=True)]
     assert (list(example.input_ids), labels) == (case["expected_input_ids"], case["expected_labels"])
@@ -120,7 +121,7 @@ def test_open_assistant_dialogue(case: dict[str, Any]) -> None:
     for entry in case["input"]:
         context = (Turn("system", f"context: {entry['context']}"),) if "context" in entry else ()
         turns = (Turn("user", entry["questions"][0]), *context, Turn("assistant", entry["answers"][0]))
-        segments = OASST.render(Conversation(turns, (turns[-1].content,), "chat"))
+        segments = OASST.render(Conversation(turns, (turns[-1].content,), "chat")).examples[0].segments
         rows.append([tokens(*vars_of(only(tokenise([segments], encoder))))])
     batch = assemble(rows, tokenizer.convert_tokens_to_ids("<|padding|>"))
     width = batch.input_ids_BT.shape[1]

@@ -86,6 +86,9 @@ def test_rows(tmp_path: Path) -> None:
         test=sum(row["split"] == "test" for row in rows),
         tokens=sum(len(row["input_ids"]) for row in train),
         learned_tokens=sum(sum(row["learned"]) for row in train),
+        answers=40,
+        learned_answers=40,
+        ends=40,
     )
     assert len(train) < 40
     assert report.end_ids == (TOKENIZER.eos_token_id,)
@@ -191,8 +194,10 @@ def test_counts_as_json(tmp_path: Path) -> None:
     assert [source["records"] for source in found["sources"]] == [40, 5]
     assert found["total"]["records"] == 45
     assert found["total"] == {
-        name: found["sources"][0][name] + found["sources"][1][name] for name in found["total"]
-    }
+        name: found["sources"][0][name] + found["sources"][1][name]
+        for name in found["total"]
+        if name != "left_out"
+    } | {"left_out": {}}
     assert isinstance(counts, DataCounts)
     assert (found["total"]["objects"], found["estimated"]) == (2, False)
     nothing = count_sources(Survey([], {}), data)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.data.records import Conversation, Malformed, PlainText, Turn, read_record
+from raytune_ft.data.conversation import Conversation, Malformed, PlainText, Turn
+from raytune_ft.data.records import read_record
 from raytune_ft.spec import FieldsSpec
 
 USER = {"role": "user", "content": "Hi"}
@@ -192,13 +193,13 @@ NO_COMPLETION = (
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]},
             {},
-            "messages[1] has no content; tool calls are not read",
+            "messages[1] has no content",
         ),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, {}, "messages[1].content is empty"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]},
             {},
-            "messages[0].content[0] is 'image_url'; only parts of type 'text' are read",
+            "messages[0].content[0] is 'image_url'; only parts of type 'text' and 'thinking' are read",
         ),
     ],
 )

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import tiny
 
+from raytune_ft.data.chat_template import ChatTemplate, render_chat
+from raytune_ft.data.conversation import Conversation, Malformed, PlainText, Turn
+from raytune_ft.data.coverage import Part
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.records import Conversation, Malformed, PlainText, Turn, read_record
+from raytune_ft.data.records import read_record
+from raytune_ft.data.segments import Rendered, Segment
 from raytune_ft.data.template import (
     TEMPLATES,
-    ChatTemplate,
-    Segment,
     check_templates,
     concrete_name,
     find_template,
     render,
-    render_chat,
 )
 from raytune_ft.errors import DataError
 from raytune_ft.spec import FieldsSpec
@@ -43,6 +44,7 @@ def encoder() -> Encoder:
 @pytest.fixture(scope="module")
 def chat_encoder() -> Encoder:
     tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = CHATML
     return Encoder.of(tokenizer)
 
@@ -51,8 +53,15 @@ def record(value: Any) -> Conversation | PlainText:
     return read_record(value, FieldsSpec())
 
 
-def pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
-    return [(segment.text, segment.learned) for segment in segments]
+def segments_of(rendered: Rendered) -> Sequence[Segment]:
+    """Of a record that is one example, and of which nothing is left out."""
+    assert rendered.lost == ()
+    (example,) = rendered.examples
+    return example.segments
+
+
+def pieces(rendered: Rendered) -> list[tuple[str, bool]]:
+    return [(segment.text, segment.learned) for segment in segments_of(rendered)]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,9 @@ def test_instruction_with_input(encoder: Encoder, template: str, expected: list[
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_answer_is_learned_and_nothing_else(encoder: Encoder, template: str) -> None:
-    segments = render(template, record({"messages": MESSAGES}), encoder)
+    rendered = render(template, record({"messages": MESSAGES}), encoder)
+    assert rendered.lost == ()
+    segments = [segment for example in rendered.examples for segment in example.segments]
     learned = [segment.text for segment in segments if segment.learned]
     given = [segment.text for segment in segments if not segment.learned]
     assert len(learned) == len(given) == 2
@@ -89,8 +100,8 @@ def test_generation_is_given_what_stands_before_the_last_answer(chat_encoder: En
     conversation = record({"messages": [{"role": "system", "content": "s"}, *MESSAGES]})
     assert isinstance(conversation, Conversation)
     opened = find_template(template, chat_encoder).open_answer(conversation.turns[:-1])
-    rendered = render(template, conversation, chat_encoder)
-    assert "".join(s.text for s in opened) == "".join(s.text for s in rendered[:-1])
+    *_, last = render(template, conversation, chat_encoder).examples
+    assert "".join(s.text for s in opened) == "".join(s.text for s in last.segments[:-1])
 
 
 def test_braces_in_a_record_are_text(encoder: Encoder) -> None:
@@ -107,14 +118,15 @@ def test_braces_in_a_record_are_text(encoder: Encoder) -> None:
 
 def test_system_goes_into_the_first_user_turn_where_the_format_has_none(encoder: Encoder) -> None:
     chat = record({"messages": [{"role": "system", "content": "s"}, *MESSAGES[:2]]})
-    assert render("mistral", chat, encoder)[0].text == "[INST] s\n\na[/INST]"
+    assert segments_of(render("mistral", chat, encoder))[0].text == "[INST] s\n\na[/INST]"
 
 
 def test_tool_turns(encoder: Encoder) -> None:
     chat = record({"messages": [MESSAGES[0], {"role": "tool", "content": "t"}, MESSAGES[1]]})
-    assert "<|im_start|>tool\nt<|im_end|>" in render("chatml", chat, encoder)[0].text
-    with pytest.raises(Malformed, match=r"^template vicuna has no place for a tool turn$"):
-        render("vicuna", chat, encoder)
+    assert "<|im_start|>tool\nt<|im_end|>" in segments_of(render("chatml", chat, encoder))[0].text
+    rendered = render("vicuna", chat, encoder)
+    assert rendered.lost == (Part("tool", "turn 2", ("t",)),)
+    assert [segment.text for segment in rendered.examples[0].segments] == ["USER: a\nASSISTANT:", " b</s>"]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +162,10 @@ def test_shape_that_a_template_does_not_take(encoder: Encoder) -> None:
 
 def test_inline_template_sees_earlier_messages(encoder: Encoder) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-    segments = render(template, record({"messages": MESSAGES}), encoder)
-    assert pieces(segments) == [("user: a assistant: b user: c ", False), ("d", True)]
+    assert pieces(render(template, record({"messages": MESSAGES}), encoder)) == [
+        ("user: a assistant: b user: c ", False),
+        ("d", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +240,9 @@ def test_chat_template_of_the_tokenizer(chat_encoder: Encoder) -> None:
 
 def test_answer_that_looks_like_the_end_of_a_marker(chat_encoder: Encoder) -> None:
     chat = record({"messages": [MESSAGES[0], {"role": "assistant", "content": ">"}]})
-    assert render("chat", chat, chat_encoder)[-1] == Segment("><|im_end|>", learned=True, ends_turn=True)
+    assert segments_of(render("chat", chat, chat_encoder))[-1] == Segment(
+        "><|im_end|>", learned=True, ends_turn=True, continues=True
+    )
 
 
 def test_chat_template_renders_as_the_tokenizer_does() -> None:
@@ -255,16 +271,17 @@ def test_chat_template_that_forgets_earlier_answers() -> None:
     )
     chat = record({"messages": MESSAGES})
     assert isinstance(chat, Conversation)
-    assert pieces(ChatTemplate(source, {}).render(chat)) == [("a|c|", False), ("d|", True)]
+    examples = ChatTemplate(source, {}).render(chat).examples
+    assert [[(s.text, s.learned) for s in example.segments] for example in examples] == [
+        [("a|", False), ("b|", True)],
+        [("a|c|", False), ("d|", True)],
+    ]
+    assert [example.answers for example in examples] == [(1,), (3,)]
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (
-            "{{ messages | length }}",
-            "the tokenizer's chat template does not render the last answer after its own prompt",
-        ),
         (
             "{{ raise_exception('no system turns') }}",
             "the tokenizer's chat template refuses it: no system turns",
@@ -286,6 +303,18 @@ def test_chat_template_that_cannot_be_sliced(source: str, reason: str) -> None:
     with pytest.raises(Malformed) as raised:
         ChatTemplate(source, {}).render(chat)
     assert str(raised.value) == reason
+
+
+def test_chat_template_that_writes_no_text_of_the_chat() -> None:
+    chat = record({"messages": MESSAGES})
+    assert isinstance(chat, Conversation)
+    lost = ChatTemplate("{{ messages | length }}", {}).render(chat).lost
+    assert [(part.name, part.texts) for part in lost] == [
+        ("user", ("a",)),
+        ("content", ("b",)),
+        ("user", ("c",)),
+        ("content", ("d",)),
+    ]
 
 
 def test_a_chat_template_that_asks_for_the_date_gets_the_same_each_day() -> None:

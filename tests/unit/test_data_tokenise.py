@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from raytune_ft.data.chat_template import ChatTemplate
+from raytune_ft.data.conversation import Conversation, Turn
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.records import Conversation, Turn
-from raytune_ft.data.template import ChatTemplate, Segment, Template, TurnFormat, find_template
+from raytune_ft.data.segments import Segment
+from raytune_ft.data.template import Template, TurnFormat, find_template
 from raytune_ft.data.tokenise import Tokenised, answer_start, ask, fit, prompt_ids, tokenise
 from raytune_ft.errors import DataError
 
 TINY = Encoder.of(tiny.tokenizer())
-BOS, EOS = 0, 1
+BOS, EOS, PAD = 0, 1, 2
 
 
 def words(*, bos: bool = False, marker: bool = False) -> Encoder:
@@ -80,7 +82,7 @@ MARKED = "{% for m in messages %}{{ m.content }} <|im_end|> {% endfor %}"
 def test_eos_ends_what_the_template_does_not(template: Template, ends: list[int], answer: str) -> None:
     """A special token in the data is no end: the model would learn to go on after one, or not to stop."""
     chat = Conversation((Turn("user", "a"), Turn("assistant", answer)), (answer,), "chat")
-    (found,) = tokenise([template.render(chat)], words())
+    (found,) = tokenise([template.render(chat).examples[0].segments], words())
     assert found is not None
     ids = list(found.input_ids)
     assert ids[ids.index(6) :] == [6, *([3] if answer != "c" else []), *ends]
@@ -220,7 +222,7 @@ def test_a_prompt_is_asked_as_it_stands_in_training() -> None:
 
 def test_encoder_travels_without_the_tokenizer() -> None:
     assert isinstance(TINY.backend, Tokenizer)
-    assert (TINY.bos_id, TINY.eos_id, TINY.adds_bos, TINY.end_ids) == (BOS, EOS, False, frozenset({EOS}))
+    assert (TINY.bos_id, TINY.eos_id, TINY.adds_bos, TINY.end_ids) == (BOS, EOS, False, {EOS, PAD})
 
 
 def test_tokenizer_that_does_more_than_its_core_travels_whole() -> None:

@@ -1,0 +1,313 @@
+"""The tokenizer's own chat template: what an answer is given, and where it begins and ends.
+
+An answer is learned after exactly the text that the template gives to generation at that place. What is
+learned is what the template writes beyond that text once the answer is there.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from raytune_ft.data.conversation import Conversation, Malformed, Turn
+from raytune_ft.data.coverage import Part, marked, missing, parts_of, shape_of
+from raytune_ft.data.message_forms import FIRST_FORM, MessageForm, forms_for, messages_in
+from raytune_ft.data.segments import Example, Rendered, Segment, one_text
+
+_PROBE = "\ue000probe\ue000"
+"""An answer that shares neither its beginning nor its end with another."""
+_MARKERS = re.compile(r"\s*(?:<[^<>\s]+>|\[[^\[\]\s]+\]|<[｜|][^<>]+[｜|]>)+")
+_OPENING = re.compile(r"<[^<>]*(?:start|begin|user)[^<>]*>", re.IGNORECASE)
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+_CACHED_SHAPES = 4096
+
+
+class _Choice(NamedTuple):
+    """How the chats of a shape are given to the template, and what it leaves out all the same."""
+
+    form: MessageForm
+    lost: tuple[Part, ...]
+    """Of the marked chat."""
+
+
+class _End(NamedTuple):
+    """What follows an answer in a rendering that ends with it."""
+
+    suffix: str
+    end: str
+    """The part of the suffix that belongs to the answer."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's own chat template."""
+
+    source: str
+    special_tokens: Mapping[str, str]
+    end_tokens: tuple[str, ...] | None = None
+    """Tokens that an answer can end with; None: any marker."""
+    _choices: dict[Any, _Choice] = field(default_factory=dict, repr=False, compare=False)
+    _ends: dict[Any, _End] = field(default_factory=dict, repr=False, compare=False)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Segments of all learned answers, and what the template leaves out. See Template.
+
+        Answers share an example as long as each one's own prompt begins with the text so far; where the
+        template writes earlier turns differently, or an answer has no end of its own, a new example begins.
+        """
+        choice = self._choice(conversation)
+        examples = self._examples(conversation, choice.form)
+        parts = list(parts_of(conversation))
+        texts = ["".join(segment.text for segment in example.segments) for example in examples]
+        lost = missing(parts, texts)
+        named = {(part.name, part.place) for part in lost}
+        structural = {(part.name, part.place) for part in choice.lost} - named
+        lost += [part for part in parts if (part.name, part.place) in structural]
+        return Rendered(examples, tuple(lost))
+
+    def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
+        """See Template."""
+        conversation = Conversation((*turns, Turn("assistant", _PROBE)), (), "chat")
+        form = self._choice(conversation).form
+        return (Segment(self._prompt(conversation, len(turns), form), learned=False),)
+
+    def text(self, conversation: Conversation, stop: int, form: MessageForm, *, opening: bool) -> str:
+        """The first `stop` turns as the template writes them, with or without the opening of an answer.
+
+        Raises:
+            Malformed: the template refuses them.
+        """
+        variables = {**conversation.variables, **self.special_tokens}
+        variables |= variables.pop("chat_template_kwargs", {})
+        messages = messages_in(conversation.turns[:stop], form)
+        tools = list(conversation.tools) or None
+        try:
+            rendered = render_chat(
+                self.source, messages, tools=tools, add_generation_prompt=opening, **variables
+            )
+            # A column's half of a surrogate pair may have come through.
+            rendered.encode("utf-8")
+        except Exception as error:  # A template is a program: it can fail in any way.
+            raise Malformed(f"the tokenizer's chat template refuses it: {error}") from error
+        return rendered
+
+    def _choice(self, conversation: Conversation) -> _Choice:
+        """The form of messages in which least is lost, found once for each shape of chats."""
+        shape = shape_of(conversation)
+        if shape not in self._choices:
+            if len(self._choices) >= _CACHED_SHAPES:
+                self._choices.clear()
+            self._choices[shape] = self._choose(conversation)
+        return self._choices[shape]
+
+    def _choose(self, conversation: Conversation) -> _Choice:
+        sample = marked(conversation)
+        parts = list(parts_of(sample))
+        best: _Choice | None = None
+        for form in forms_for(conversation):
+            try:
+                examples = self._examples(sample, form)
+            except Malformed:
+                continue
+            texts = ["".join(segment.text for segment in example.segments) for example in examples]
+            lost = self._unread_keys_out(missing(parts, texts), sample, form)
+            if _is_misread("".join(texts)):
+                continue
+            if not lost:
+                return _Choice(form, ())
+            if best is None or len(lost) < len(best.lost):
+                best = _Choice(form, tuple(lost))
+        # A template that takes no form of the marked chat tells why with the chat itself.
+        return best or _Choice(FIRST_FORM, ())
+
+    def _unread_keys_out(self, lost: list[Part], conversation: Conversation, form: MessageForm) -> list[Part]:
+        """Without the keys that change what is rendered, though their value does not stand there."""
+        keys = {key for turn in conversation.turns for key in turn.other}
+        read = set()
+        for key in keys & {part.name for part in lost}:
+            others = [
+                turn._replace(other={k: v for k, v in turn.other.items() if k != key})
+                for turn in conversation.turns
+            ]
+            try:
+                without = self._examples(conversation._replace(turns=tuple(others)), form)
+            except Malformed:
+                continue
+            if without != self._examples(conversation, form):
+                read.add(key)
+        return [part for part in lost if part.name not in read]
+
+    def _examples(self, conversation: Conversation, form: MessageForm) -> tuple[Example, ...]:
+        examples: list[Example] = []
+        text, continues = "", False
+        for at in conversation.learned:
+            found = self._answer(conversation, at, form)
+            if found is None:
+                continue
+            prompt, answer = found
+            begins = not (continues and prompt.startswith(text))
+            before = Example(()) if begins else examples.pop()
+            given = Segment(prompt if begins else prompt[len(text) :], learned=False)
+            segments = one_text((*before.segments, given, answer))
+            examples.append(Example(segments, (*before.answers, at)))
+            text, continues = prompt + answer.text, answer.ends_turn
+        return tuple(examples)
+
+    def _answer(self, conversation: Conversation, at: int, form: MessageForm) -> tuple[str, Segment] | None:
+        """An answer with its prompt; None where the template has no place for a chat that opens with it."""
+        opens = not any(turn.role in ("user", "tool") for turn in conversation.turns[:at])
+        try:
+            whole = self.text(conversation, at + 1, form, opening=False)
+            prompt = self._prompt(conversation, at, form)
+        except Malformed:
+            if not opens:
+                raise
+            return None
+        end = self._end(conversation, at, form, whole)
+        if whole.startswith(prompt):
+            answer = whole[len(prompt) : len(whole) - len(end.suffix)]
+        else:
+            answer = self._difference(conversation, at, form, whole, prompt, end)
+        ends_turn = self._is_end(end.end) if end.end else self._ends_with_call(conversation.turns[at], answer)
+        return prompt, Segment(answer + end.end, learned=True, ends_turn=ends_turn)
+
+    def _prompt(self, conversation: Conversation, at: int, form: MessageForm) -> str:
+        """What generation is given before the answer at a place."""
+        try:
+            return self.text(conversation, at, form, opening=True)
+        except Malformed:
+            if at and any(turn.role in ("user", "tool") for turn in conversation.turns[:at]):
+                raise
+        # Nothing was asked yet: what all chats have that open with the assistant.
+        whole, probe = (
+            self._with_answer(conversation, at, form, Turn("assistant", text)) for text in (_PROBE, "x")
+        )
+        return _shared_prefix(whole, probe)
+
+    def _with_answer(self, conversation: Conversation, at: int, form: MessageForm, answer: Turn) -> str:
+        """The chat up to a place with another answer there."""
+        turns = (*conversation.turns[:at], answer)
+        return self.text(conversation._replace(turns=turns), at + 1, form, opening=False)
+
+    def _difference(
+        self, conversation: Conversation, at: int, form: MessageForm, whole: str, prompt: str, end: _End
+    ) -> str:
+        """An answer after a prompt that is not how the whole begins: what depends on the answer in the whole.
+
+        What the template writes between the last thing asked and the answer, beyond the prompt's own end,
+        belongs to the answer too.
+        """
+        other = self._with_answer(conversation, at, form, Turn("assistant", _PROBE))
+        before = _shared_prefix(whole, other)
+        answer = whole[len(before) : len(whole) - len(end.suffix)]
+        asked = conversation.turns[at - 1].text.strip() if at else ""
+        opening = prompt[prompt.rfind(asked) + len(asked) :] if asked and asked in prompt else None
+        written = before[before.rfind(asked) + len(asked) :] if asked and asked in before else ""
+        if opening is not None and written.startswith(opening):
+            return written[len(opening) :] + answer
+        if _OPEN_THOUGHT.search(prompt):
+            thoughts = conversation.turns[at].thoughts
+            return f"{thoughts}\n</think>\n\n{answer}"
+        return answer
+
+    def _end(self, conversation: Conversation, at: int, form: MessageForm, whole: str) -> _End:
+        turn = conversation.turns[at]
+        kind = (form, bool(turn.calls), bool(turn.text), at and conversation.turns[at - 1].role)
+        end = self._ends.get(kind)
+        if end is None or not whole.endswith(end.suffix):
+            end = self._ends[kind] = self._find_end(conversation, at, form, whole)
+        return end
+
+    def _find_end(self, conversation: Conversation, at: int, form: MessageForm, whole: str) -> _End:
+        """What stands behind any answer, and how much of it ends the answer."""
+        try:
+            other = self._with_answer(conversation, at, form, Turn("assistant", _PROBE))
+        except Malformed:
+            other = ""
+        suffix = _shared_prefix(whole[::-1], other[::-1])[::-1]
+        if not suffix.strip():
+            return _End(suffix, "")
+        if self._opens_on_request(conversation, at, form):
+            return _End(suffix, suffix.rstrip())
+        # The template ends each text with the opening of an answer, if it has one.
+        following = self._following(conversation, at, form)
+        if following is None or following.startswith(suffix.rstrip()):
+            return _End(suffix, suffix.rstrip())
+        return _End(suffix, self._without_opening(_shared_prefix(suffix, following)))
+
+    def _without_opening(self, shared: str) -> str:
+        """The markers that a text begins with, up to EOS or to the one that opens the next turn."""
+        eos = self.special_tokens.get("eos_token")
+        if eos and eos in shared:
+            return shared[: shared.index(eos) + len(eos)]
+        markers = _MARKERS.match(shared)
+        opening = _OPENING.search(markers[0]) if markers else None
+        return "" if markers is None else markers[0][: opening.start() if opening else None]
+
+    def _opens_on_request(self, conversation: Conversation, at: int, form: MessageForm) -> bool:
+        """Whether the opening of an answer is written only where it is asked for."""
+        try:
+            return self.text(conversation, at, form, opening=True) != self.text(
+                conversation, at, form, opening=False
+            )
+        except Malformed:
+            return True
+
+    def _following(self, conversation: Conversation, at: int, form: MessageForm) -> str | None:
+        """What the template writes between an answer and what the user says next, if it shows both."""
+        turns = (*conversation.turns[:at], Turn("assistant", _PROBE), Turn("user", "\ue001"))
+        try:
+            text = self.text(conversation._replace(turns=turns), at + 2, form, opening=False)
+        except Malformed:
+            return None
+        _, answer, rest = text.rpartition(_PROBE)
+        between, user, _ = rest.partition("\ue001")
+        return between if answer and user else None
+
+    def _ends_with_call(self, turn: Turn, answer: str) -> bool:
+        """Whether an answer ends with a marker that the template writes behind calls alone."""
+        return bool(turn.calls) and self.end_tokens is not None and answer.endswith(self.end_tokens)
+
+    def _is_end(self, end: str) -> bool:
+        if self.end_tokens is None:
+            return bool(end)
+        return end.endswith(self.end_tokens)
+
+
+def _shared_prefix(one: str, other: str) -> str:
+    """The characters that both texts begin with.
+
+    >>> _shared_prefix("<step> user", "<step> assistant")
+    '<step> '
+    """
+    return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))]
+
+
+def _is_misread(text: str) -> bool:
+    """Whether lists or objects stand there as Python writes them, or as JSON inside a JSON string."""
+    return "{'mark" in text or "[{'type'" in text or '\\"mark' in text
+
+
+_DATE = datetime(2024, 7, 26)
+
+
+def _date(form: str) -> str:
+    """What templates that begin with the date get: else the same data had other tokens each day."""
+    return _DATE.strftime(form)
+
+
+def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
+    """A chat template's text as `apply_chat_template` renders it: the same sandbox, filters and functions.
+
+    But for the clock: a template that asks for the date gets the same one always.
+    """
+    # This module of transformers comes without torch; it is imported where a chat template is used.
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+    # It compiles each template once, and takes no functions as variables.
+    _compile_jinja_template(source).environment.globals["strftime_now"] = _date
+    rendered = render_jinja_template(conversations=[messages], chat_template=source, **variables)
+    text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
+    return text
