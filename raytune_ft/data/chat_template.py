@@ -5,7 +5,7 @@ learned is what the template writes beyond that text once the answer is there.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import takewhile
@@ -18,6 +18,7 @@ from raytune_ft.data.segments import Example, Rendered, Segment, one_text
 
 _PROBE = "\ue000probe\ue000"
 """An answer that shares neither its beginning nor its end with another."""
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 _MARKERS = re.compile(r"\s*(?:<[^<>\s]+>|\[[^\[\]\s]+\]|<[｜|][^<>]+[｜|]>)+")
 _OPENING = re.compile(r"<[^<>]*(?:start|begin|user)[^<>]*>", re.IGNORECASE)
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
@@ -54,14 +55,16 @@ class ChatTemplate:
     def render(self, conversation: Conversation) -> Rendered:
         """Segments of all learned answers, and what the template leaves out. See Template.
 
-        Answers share an example as long as each one's own prompt begins with the text so far; where the
+        A template that marks its answers itself, by `{% generation %}`, decides on what is learned. Else
+        answers share an example as long as each one's own prompt begins with the text so far; where the
         template writes earlier turns differently, or an answer has no end of its own, a new example begins.
         """
         choice = self._choice(conversation)
-        examples = self._examples(conversation, choice.form)
         parts = list(parts_of(conversation))
-        texts = ["".join(segment.text for segment in example.segments) for example in examples]
-        lost = missing(parts, texts)
+        examples = self._marked_by_template(conversation, choice.form)
+        if not examples or missing(parts, _texts(examples)):
+            examples = self._examples(conversation, choice.form)
+        lost = missing(parts, _texts(examples))
         named = {(part.name, part.place) for part in lost}
         structural = {(part.name, part.place) for part in choice.lost} - named
         lost += [part for part in parts if (part.name, part.place) in structural]
@@ -73,25 +76,51 @@ class ChatTemplate:
         form = self._choice(conversation).form
         return (Segment(self._prompt(conversation, len(turns), form), learned=False),)
 
+    def _marked_by_template(self, conversation: Conversation, form: MessageForm) -> tuple[Example, ...]:
+        """The whole chat, learned where `{% generation %}` says so; nothing where that is not each answer."""
+        if not _GENERATION.search(self.source) or not conversation.learned:
+            return ()
+        stop = conversation.learned[-1] + 1
+        answers = [at for at, turn in enumerate(conversation.turns[:stop]) if turn.role == "assistant"]
+        text, spans = self._render(conversation, stop, form, return_assistant_tokens_mask=True)
+        spans = _merged(spans)
+        if len(spans) != len(answers):
+            return ()
+        segments: list[Segment] = []
+        done = 0
+        for at, (start, end) in zip(answers, spans, strict=True):
+            if conversation.turns[at].learned:
+                answer = text[start:end]
+                segments.append(Segment(text[done:start], learned=False))
+                segments.append(Segment(answer, learned=True, ends_turn=self._is_end(answer.rstrip())))
+                done = end
+        if not all(segment.ends_turn for segment in segments[1:-1:2]):
+            return ()
+        return (Example(one_text(segments), conversation.learned),)
+
     def text(self, conversation: Conversation, stop: int, form: MessageForm, *, opening: bool) -> str:
         """The first `stop` turns as the template writes them, with or without the opening of an answer.
 
         Raises:
             Malformed: the template refuses them.
         """
+        return self._render(conversation, stop, form, add_generation_prompt=opening)[0]
+
+    def _render(
+        self, conversation: Conversation, stop: int, form: MessageForm, **settings: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Text of the first `stop` turns, and the characters that the template marks as answers."""
         variables = {**conversation.variables, **self.special_tokens}
         variables |= variables.pop("chat_template_kwargs", {})
         messages = messages_in(conversation.turns[:stop], form)
         tools = list(conversation.tools) or None
         try:
-            rendered = render_chat(
-                self.source, messages, tools=tools, add_generation_prompt=opening, **variables
-            )
+            text, spans = render_chat(self.source, messages, tools=tools, **settings, **variables)
             # A column's half of a surrogate pair may have come through.
-            rendered.encode("utf-8")
+            text.encode("utf-8")
         except Exception as error:  # A template is a program: it can fail in any way.
             raise Malformed(f"the tokenizer's chat template refuses it: {error}") from error
-        return rendered
+        return text, spans
 
     def _choice(self, conversation: Conversation) -> _Choice:
         """The form of messages in which least is lost, found once for each shape of chats."""
@@ -111,9 +140,8 @@ class ChatTemplate:
                 examples = self._examples(sample, form)
             except Malformed:
                 continue
-            texts = ["".join(segment.text for segment in example.segments) for example in examples]
-            lost = self._unread_keys_out(missing(parts, texts), sample, form)
-            if _is_misread("".join(texts)):
+            lost = self._unread_keys_out(missing(parts, _texts(examples)), sample, form)
+            if _is_misread("".join(_texts(examples))):
                 continue
             if not lost:
                 return _Choice(form, ())
@@ -285,6 +313,24 @@ def _shared_prefix(one: str, other: str) -> str:
     return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))]
 
 
+def _texts(examples: Iterable[Example]) -> list[str]:
+    return ["".join(segment.text for segment in example.segments) for example in examples]
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of which none begins where the one before it stops.
+
+    >>> _merged([(1, 3), (3, 4), (6, 9)])
+    [(1, 4), (6, 9)]
+    """
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, stop))
+    return merged
+
+
 def _is_misread(text: str) -> bool:
     """Whether lists or objects stand there as Python writes them, or as JSON inside a JSON string."""
     return "{'mark" in text or "[{'type'" in text or '\\"mark' in text
@@ -298,16 +344,21 @@ def _date(form: str) -> str:
     return _DATE.strftime(form)
 
 
-def render_chat(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
+def render_chat(
+    source: str, messages: list[dict[str, Any]], **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
     """A chat template's text as `apply_chat_template` renders it: the same sandbox, filters and functions.
 
     But for the clock: a template that asks for the date gets the same one always.
+
+    Returns:
+        The text, and the characters inside `{% generation %}` where `return_assistant_tokens_mask` asks for
+        them.
     """
     # This module of transformers comes without torch; it is imported where a chat template is used.
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
     # It compiles each template once, and takes no functions as variables.
     _compile_jinja_template(source).environment.globals["strftime_now"] = _date
-    rendered = render_jinja_template(conversations=[messages], chat_template=source, **variables)
-    text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
-    return text
+    texts, spans = render_jinja_template(conversations=[messages], chat_template=source, **variables)
+    return str(texts[0]), list(spans[0]) if spans else []

@@ -23,7 +23,7 @@ from raytune_ft.data.sources import DataObject
 from raytune_ft.data.split import split_of
 from raytune_ft.data.teaching import as_told, check_lost, count_learned, count_turns, left_out
 from raytune_ft.data.template import concrete_name, render, shortened
-from raytune_ft.data.tokenise import Tokenised, fit, tokenise
+from raytune_ft.data.tokenise import Tokenised, fit, learned_ends, tokenise
 from raytune_ft.data.windows import Window
 from raytune_ft.spec import DataSpec
 
@@ -170,6 +170,7 @@ class _Reading:
         self._references: list[tuple[str, ...]] = []
         self._ids = [np.zeros(0, dtype=np.int32)]
         self._runs = [np.zeros(0, dtype=np.int64)]
+        self._ends = set[int]()
 
     def read(self, records: Sequence[RawRecord | BadRecord]) -> None:
         """Take the next records."""
@@ -188,6 +189,7 @@ class _Reading:
             count_turns(self._counts, each.record)
             kept += self._kept(each, found)
         self._lengths += [len(tokens.input_ids) for tokens in kept]
+        self._ends.update(*(learned_ends(tokens, self._encoder) for tokens in kept))
         self._ids.append(np.frombuffer(b"".join(tokens.input_ids for tokens in kept), dtype=np.int32))
         self._runs.append(np.fromiter(chain.from_iterable(tokens.runs for tokens in kept), dtype=np.int64))
 
@@ -196,16 +198,12 @@ class _Reading:
         ids, runs = np.concatenate(self._ids), np.concatenate(self._runs)
         learned = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         self._count(learned)
-        # Where a run of learned tokens stops, and where the data itself stops.
-        ends = np.flatnonzero(learned & ~np.append(learned[1:], False))
-        borders = np.cumsum(self._lengths, dtype=np.int64) - 1
-        ends = np.union1d(ends, borders[learned[borders]])
         report = WindowReport(
             counts=self._counts,
             bad=tuple(self._bad),
             reasons={NO_LEARNED_TOKENS: self._masked} if self._masked else {},
             templates=dict(self._templates),
-            end_ids=tuple(np.unique(ids[ends]).tolist()),
+            end_ids=tuple(sorted(self._ends)),
             longest=max(self._longest, max(self._lengths, default=0)),
         )
         return TokenisedWindow(self._table(ids, learned), report)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 from typing import Literal, NamedTuple
 
 from raytune_ft.data.conversation import Malformed, Turn
@@ -10,6 +10,9 @@ from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.segments import Segment
 from raytune_ft.data.template import AUTO, RAW_TEXT, find_template
 from raytune_ft.errors import DataError
+
+_END_TOKENS = 3
+"""How many tokens an end of turn has at most, with the white space that belongs to it."""
 
 
 class Tokenised(NamedTuple):
@@ -83,8 +86,10 @@ def _join(segments: Sequence[Segment], encoded: Iterable["array[int]"], encoder:
     if encoder.adds_bos and encoder.bos_id is not None and input_ids[0] != encoder.bos_id:
         input_ids.insert(0, encoder.bos_id)
         runs[0] += 1
-    ends = encoder.end_ids if segments[-1].ends_turn else (encoder.eos_id,)
-    if len(runs) % 2 == 0 and encoder.eos_id is not None and input_ids[-1] not in ends:
+    ends = encoder.end_ids if segments[-1].ends_turn else {encoder.eos_id}
+    # A template may have white space behind its end of turn learned.
+    last = input_ids[-_END_TOKENS if segments[-1].text[-1:].isspace() else -1 :]
+    if len(runs) % 2 == 0 and encoder.eos_id is not None and ends.isdisjoint(last):
         input_ids.append(encoder.eos_id)
         runs[-1] += 1
     if len(runs) % 2:
@@ -95,6 +100,15 @@ def _join(segments: Sequence[Segment], encoded: Iterable["array[int]"], encoder:
         if runs[1] == 0 and len(runs) > 2:
             runs[:3] = [1 + runs[2]]
     return Tokenised(input_ids, runs) if runs[1] else None
+
+
+def learned_ends(example: Tokenised, encoder: Encoder) -> set[int]:
+    """Return the tokens by which the learned answers of an example end: where generation has to stop."""
+    found = set[int]()
+    for learned_from, stop in zip(*[iter(accumulate(example.runs))] * 2, strict=True):
+        last = example.input_ids[max(learned_from, stop - _END_TOKENS) : stop]
+        found.update([token for token in last if token in encoder.end_ids][-1:])
+    return found
 
 
 def answer_start(learned: Sequence[bool]) -> int:

@@ -41,7 +41,7 @@ ANSWER_INSIDE = (
     "TheBloke/deepseek-coder-33B-instruct-AWQ",
     "CohereLabs/c4ai-command-a-03-2025",
 )
-"""Templates whose prompts are not how the chat with its answer begins, or that always open the next answer."""
+"""Templates whose prompts are not how the chat with its answer begins, or that always open an answer."""
 QWEN_SYSTEM = Turn("system", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 
 
@@ -66,12 +66,14 @@ def text(segments: tuple[Segment, ...]) -> str:
 @cases("hf_jinja/chat_templates.json")
 def test_chat_template_text(case: dict[str, Any]) -> None:
     variables = dict(case["data"])
-    assert render_chat(case["chat_template"], variables.pop("messages"), **variables) == case["expected"]
+    assert render_chat(case["chat_template"], variables.pop("messages"), **variables)[0] == case["expected"]
 
 
 @cases("axolotl/chat_template_snapshots.json")
 def test_chat_template_snapshot(case: dict[str, Any]) -> None:
-    assert render_chat(case["chat_template"], case["messages"], **case["render_kwargs"]) == case["expected"]
+    assert (
+        render_chat(case["chat_template"], case["messages"], **case["render_kwargs"])[0] == case["expected"]
+    )
 
 
 @cases("ollama/rendered_prompts.json", but=["gemma-instruct/system-*"])
