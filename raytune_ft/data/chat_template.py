@@ -18,7 +18,7 @@ from raytune_ft.data.segments import Example, Rendered, Segment, one_text
 
 _PROBE = "\ue000probe\ue000"
 """An answer that shares neither its beginning nor its end with another."""
-_GENERATION = re.compile(r"\{%-?\s*generation\b")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _MARKERS = re.compile(r"\s*(?:<[^<>\s]+>|\[[^\[\]\s]+\]|<[｜|][^<>]+[｜|]>)+")
 _OPENING = re.compile(r"<[^<>]*(?:start|begin|user)[^<>]*>", re.IGNORECASE)
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
@@ -318,13 +318,13 @@ def _texts(examples: Iterable[Example]) -> list[str]:
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans of which none begins where the one before it stops.
+    """Spans that hold text, of which none begins where the one before it stops.
 
-    >>> _merged([(1, 3), (3, 4), (6, 9)])
+    >>> _merged([(1, 3), (3, 4), (5, 5), (6, 9)])
     [(1, 4), (6, 9)]
     """
     merged: list[tuple[int, int]] = []
-    for start, stop in spans:
+    for start, stop in (span for span in spans if span[0] < span[1]):
         if merged and merged[-1][1] == start:
             start = merged.pop()[0]
         merged.append((start, stop))
