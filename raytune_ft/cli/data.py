@@ -54,12 +54,12 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
         ModelError: the tokenizer does not load.
         StorageError: the store failed.
     """
-    from raytune_ft.data.counts import check_counts, count_sources
+    from raytune_ft.data.checks import check_counts, counted
     from raytune_ft.models import load_tokenizer
 
     tokenizer = load_tokenizer(job.model)
     shown, survey = _read_all(job, tokenizer, examples)
-    counts = count_sources(survey, job.data)
+    counts = counted(survey, job.data)
     bad = [record for report in survey.read() for record in report.bad][:_SHOWN_BAD_RECORDS]
     if as_json:
         # The one place where standard output is a machine's to read.

@@ -11,15 +11,11 @@ from pydantic import ConfigDict
 
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.windows import Window
-from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec
 
 NO_LEARNED_TOKENS = "no learned tokens"
 KEPT_BAD_RECORDS = 10_000
 """Bad records that are kept for the quarantine file, of a window and of all; all are counted."""
-_SHOWN_PLACES = 3
-_TELLING_RECORDS = 100
-"""A sample of fewer records says nothing of the share of malformed ones."""
 # What is read back, from a cache that anybody may write to, is as strict as a job file.
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -35,10 +31,11 @@ class Counts:
     bad: int = 0
     """Malformed: in quarantine."""
     dropped: int = 0
-    """Longer than `data.max_tokens`."""
+    """Examples longer than `data.max_tokens`."""
     cut: int = 0
-    """Longer than `data.max_tokens`, trained with the beginning of the prompt cut off."""
+    """Examples longer than `data.max_tokens`, trained with the beginning of the prompt cut off."""
     train: int = 0
+    """Examples: a chat may give several."""
     validation: int = 0
     test: int = 0
     tokens: int = 0
@@ -61,6 +58,11 @@ class Counts:
     left_out: dict[str, int] = field(default_factory=dict)
     """Records of which something did not reach the model, by its name: columns and keys that are ignored or
     that nothing reads, and what a template leaves out."""
+
+    @property
+    def examples(self) -> int:
+        """All examples, those that are dropped too."""
+        return self.train + self.validation + self.test + self.dropped
 
     def add(self, other: "Counts") -> None:
         """Add another's counts to these."""
@@ -93,6 +95,8 @@ class DataCounts:
     """How many objects each source has."""
     estimated: bool = False
     """Not all windows were read: what was counted in a sample is scaled up by bytes."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of this data before it is trained on; see `raytune_ft.data.checks`."""
 
     @property
     def total(self) -> Counts:
@@ -103,12 +107,13 @@ class DataCounts:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """`{"sources": [{"uri": …, "objects": …, "records": …, …}, …], "total": {…}, "estimated": …}`."""
+        """`{"sources": [{"uri": …, "objects": …, …}, …], "total": {…}, "estimated": …, "notices": […]}`."""
         named = zip(self.uris, self.objects, self.sources, strict=True)
         return {
             "sources": [{"uri": uri, "objects": objects, **asdict(source)} for uri, objects, source in named],
             "total": {"objects": sum(self.objects), **asdict(self.total)},
             "estimated": self.estimated,
+            "notices": list(self.notices),
         }
 
 
@@ -186,76 +191,4 @@ def count_sources(survey: Survey, data: DataSpec) -> DataCounts:
         uris=tuple(source.uri for source in data.sources),
         objects=tuple(objects[source] for source in range(len(sources))),
         estimated=not survey.complete,
-    )
-
-
-def check_counts(survey: Survey, data: DataSpec, quarantine: str | None) -> DataCounts:
-    """Refuse data that nothing could be learned from, before anything is spent on it.
-
-    Args:
-        survey: what was read.
-        data: the job's data section.
-        quarantine: where the bad records were written, for the message.
-
-    Raises:
-        DataError: a source is empty, too many records are malformed, or no training example is left.
-    """
-    reports = survey.read()
-    total = Counts()
-    for report in reports:
-        total.add(report.counts)
-    _check_sources(survey, data)
-    masked = sum(report.reasons.get(NO_LEARNED_TOKENS, 0) for report in reports)
-    if not survey.complete and total.records < _TELLING_RECORDS:
-        # The rest is judged as it is read.
-        return count_sources(survey, data)
-    if masked == total.records:
-        raise DataError(
-            f"data: all labels are masked: none of the {masked} records{survey.extent()} has a learned "
-            "token; look at the completions, the template and the tokenizer with `raytune-ft data`"
-        )
-    if total.bad > data.max_bad_fraction * total.records:
-        raise DataError(_too_many_bad(survey, total, data, quarantine))
-    if total.train == 0:
-        raise DataError(_nothing_left(survey, total, data))
-    return count_sources(survey, data)
-
-
-def _check_sources(survey: Survey, data: DataSpec) -> None:
-    for at, source in enumerate(data.sources):
-        # Of a source that was not read as a whole, the rest may have records.
-        unread = survey.extent(at) and any(
-            survey.windows[number].size_bytes for number in survey.numbers.get(at, ())
-        )
-        if unread or any(report.counts.records for report in survey.read(at)):
-            continue
-        objects = sum(survey.windows[number].part == 0 for number in survey.numbers.get(at, ()))
-        files = "the file is empty" if objects == 1 else f"all {objects} files are empty"
-        raise DataError(f"data.sources[{at}].uri = {source.uri}: no records; {files}")
-
-
-def _too_many_bad(survey: Survey, total: Counts, data: DataSpec, quarantine: str | None) -> str:
-    first = [bad for report in survey.read() for bad in report.bad][:_SHOWN_PLACES]
-    lines = [
-        f"data: {total.bad} of {total.records} records{survey.extent()} are malformed "
-        f"({total.bad / total.records:.2%}), and data.max_bad_fraction is {data.max_bad_fraction:g}; "
-        "the first of them:",
-        *(f"  {bad.place}: {bad.reason}" for bad in first),
-    ]
-    return "\n".join([*lines, f"  all are in {quarantine}"] if quarantine else lines)
-
-
-def _nothing_left(survey: Survey, total: Counts, data: DataSpec) -> str:
-    records = f"{total.records} records{survey.extent()}"
-    if total.dropped and not total.validation + total.test:
-        longest = max(report.longest for report in survey.read())
-        remedy = "raise data.max_tokens" + (", or set data.too_long: cut" if data.too_long == "drop" else "")
-        return (
-            f"data: no training example is left: {total.dropped} of {records} are longer than "
-            f"data.max_tokens = {data.max_tokens}, the longest has {longest} tokens; {remedy}"
-        )
-    return (
-        f"data: no training example is left: of {records} {total.bad} are malformed, "
-        f"{total.dropped} longer than data.max_tokens = {data.max_tokens}, {total.validation} in the "
-        f"validation split and {total.test} in the test split; give more data or a smaller data.split"
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from raytune_ft.data.counts import Survey, check_counts
+from raytune_ft.data.checks import check_counts
+from raytune_ft.data.counts import Survey
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.prepare import end_ids, reader_of

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytune_ft.data.counts import KEPT_BAD_RECORDS, DataCounts, Survey, WindowReport, check_counts
+from raytune_ft.data.checks import check_counts
+from raytune_ft.data.counts import KEPT_BAD_RECORDS, DataCounts, Survey, WindowReport
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.mixture import SourceShape

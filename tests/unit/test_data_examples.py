@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ft.data import examples as examples_module
-from raytune_ft.data.counts import Counts, DataCounts, Survey, WindowReport, check_counts, count_sources
+from raytune_ft.data.checks import check_counts
+from raytune_ft.data.counts import Counts, DataCounts, Survey, WindowReport, count_sources
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import SCHEMA, TokenisedWindow, decode, encode, tokenise_window
 from raytune_ft.data.formats import BadRecord
