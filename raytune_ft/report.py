@@ -94,7 +94,10 @@ def write_report(report: RunReport, path: Path) -> None:
             job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
             outcomes=outcome_texts(report.result),
             commands=usage_commands({**report.result, "catalog": report.job["publish"]["catalog"]}),
-            counts=_count_rows(report.data_counts),
+            counts=_count_rows(report.data_counts, _READ),
+            taught=_count_rows(report.data_counts, _TAUGHT),
+            left_out=_left_out(report.data_counts),
+            notices=report.data_counts.get("notices", ()),
         )
     )
     write_page(page, path)
@@ -257,10 +260,39 @@ def _judged(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, **right}
 
 
-def _count_rows(counts: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
-    sources = [dict(source) for source in counts["sources"]]
-    rows = [(source.pop("uri"), source) for source in sources]
-    return [*rows, ("all", counts["total"])] if len(rows) != 1 else rows
+_READ = (
+    "objects",
+    "records",
+    "bad",
+    "dropped",
+    "cut",
+    "train",
+    "validation",
+    "test",
+    "tokens",
+    "learned_tokens",
+)
+_TAUGHT = (
+    *("answers", "learned_answers", "ends", "calls", "learned_calls", "thoughts", "learned_thoughts"),
+    "divided",
+)
+
+
+def _count_rows(counts: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, dict[str, int]]]:
+    """A row of counts for each source, and one for all where there are several; records may lack some."""
+    rows = [(source["uri"], source) for source in counts["sources"]]
+    if len(rows) != 1:
+        rows.append(("all", counts["total"]))
+    return [(title, {name: row[name] for name in names if name in row}) for title, row in rows]
+
+
+def _left_out(counts: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Source, name and number of records of all that the model did not see."""
+    return [
+        (source["uri"], name, records)
+        for source in counts["sources"]
+        for name, records in source.get("left_out", {}).items()
+    ]
 
 
 def _source_curves(report: RunReport) -> list[list[dict[str, Any]]]:

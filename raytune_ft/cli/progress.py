@@ -37,7 +37,7 @@ class ProgressDisplay:
     """Shows the events of a run; a context manager.
 
     An event is a mapping with `phase` and, where they are known, `step`, `steps`, `loss`,
-    `tokens_per_second` and `memory_bytes`.
+    `tokens_per_second` and `memory_bytes`; or with `notice`, a line that stays.
 
     Args:
         console: where to show them; standard output where not given.
@@ -76,6 +76,9 @@ class ProgressDisplay:
 
     def update(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
+        if notice := event.get("notice"):
+            self._console.print(f"[yellow]Notice:[/] {escape(notice)}", highlight=False, soft_wrap=True)
+            return
         now_s = time.monotonic()
         changed = event["phase"] != self._phase
         if changed:

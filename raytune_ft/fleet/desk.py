@@ -21,6 +21,7 @@ from raytune_ft.fleet.events import (
     LaneLoaded,
     LaneLost,
     LaneStarted,
+    Notice,
 )
 from raytune_ft.fleet.placement import Group
 from raytune_ft.fleet.queue import Queue
@@ -184,10 +185,11 @@ class Desk:
             self._has_failed(name, lane, reason)
         return True
 
-    def started(self, lane: str, job: str, step: int, steps: int) -> None:
-        """A lane trains a job from a step on."""
+    def started(self, lane: str, job: str, step: int, steps: int, notices: Sequence[str] = ()) -> None:
+        """A lane trains a job from a step on; of its data a person should know the notices."""
         if self._heard(lane) and self._queue.holds(lane, job):
             self._events.append(JobStarted(self._at_s, job, lane, step, steps))
+            self._events += [Notice(self._at_s, f"{job}: {notice}") for notice in notices]
 
     def beat(self, lane: str, steps: Mapping[str, Stepped], checkpoints: Mapping[str, int]) -> bool:
         """A lane is alive.

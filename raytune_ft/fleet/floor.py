@@ -247,7 +247,9 @@ class Floor:
             _NodeWarnings(self),
         )
         desk, lane = self._attendance.desk, self._attendance.lane
-        desk.started(lane, job.name, position.step, recipe.total_steps)
+        # A job that goes on was told of when it began.
+        notices = () if position.step else recipe.counts["notices"]
+        desk.started(lane, job.name, position.step, recipe.total_steps, notices)
         seat = _Seat(ready, bench, keeping, recorder)
         steps = seat.open.enter_context(recipe.steps(bench.layout, position.step))
         self._seats[job.name] = seat

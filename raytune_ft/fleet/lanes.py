@@ -99,8 +99,8 @@ class RemoteDesk:
     def cannot_load(self, lane: str, base: str, reason: str) -> bool:
         return bool(self._ask("cannot_load", lane, base, reason))
 
-    def started(self, lane: str, job: str, step: int, steps: int) -> None:
-        self._ask("started", lane, job, step, steps)
+    def started(self, lane: str, job: str, step: int, steps: int, notices: Sequence[str]) -> None:
+        self._ask("started", lane, job, step, steps, notices)
 
     def beat(self, lane: str, steps: Mapping[str, Stepped], checkpoints: Mapping[str, int]) -> bool:
         return bool(self._ask("beat", lane, steps, checkpoints))

@@ -50,7 +50,7 @@ class JobRow:
     steps: str
     seconds: str
     note: str
-    """Why it failed, or what its gate said."""
+    """Why it failed; or what its gate said, what it forgot, and what its data lost."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _job_row(job: JobOutcome, base: str, losses: Losses, metrics: Sequence[str])
         scores=dict(zip(after, score_rows(result.get("scores_before") or {}, after), strict=True)),
         steps=f"{result['steps']:,}" if result else "–",
         seconds=duration_text(result["seconds"]) if result else "–",
-        note=job.reason or outcome_texts(result).get("Gate", ""),
+        note=job.reason or "; ".join([*outcome_texts(result).values(), *result.get("notices", ())]),
     )
 
 

@@ -151,6 +151,8 @@ def _train_held(
             placement = find_room(job.cluster, wait_s, on_event)
             on_event({"phase": "data"})
             data = prepare(job, output / _QUARANTINE_FILE, tokenizer=tokenizer, cache=cache)
+            for notice in data.counts.notices:
+                on_event({"phase": "data", "notice": notice})
             others = read_other_tasks(job, tokenizer=tokenizer, cache=cache)
             # The renewal may be late; what was left behind is deleted now.
             check_holds(run.storage, channel)

@@ -259,5 +259,6 @@ def _result(
         "peak_memory_bytes": trained.peak_memory_bytes,
         "seconds": seconds,
         **({} if record.forgetting is None else {"forgetting": record.forgetting}),
+        **({"notices": notices} if (notices := record.data["counts"].get("notices")) else {}),
         **({} if gate is None else {"gate": gate}),
     }
