@@ -7,7 +7,7 @@ never stops a file; a file that cannot be read as a whole does.
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from raytune_ft.data import columnar, documents, text
@@ -17,8 +17,18 @@ from raytune_ft.data.raw import BadRecord, RawRecord, printable
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError
+from raytune_ft.spec import FieldsSpec
 
-__all__ = ["HEAD_BYTES", "BadRecord", "RawRecord", "find_format", "printable", "read_records", "read_window"]
+__all__ = [
+    "HEAD_BYTES",
+    "BadRecord",
+    "RawRecord",
+    "find_format",
+    "named_columns",
+    "printable",
+    "read_records",
+    "read_window",
+]
 
 HEAD_BYTES = 1 << 20
 """How much of a file is looked at to find its format."""
@@ -31,8 +41,15 @@ _OVERHANG_BYTES = 64 << 10
 """Read with a window of lines beyond its end, where its last line mostly ends."""
 
 
-def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRecord]:
+def read_window(
+    found: DataObject, window: Window, columns: Collection[str] = ()
+) -> Iterator[RawRecord | BadRecord]:
     """Records of one window of an object, in order.
+
+    Args:
+        found: the object.
+        window: which part of it.
+        columns: see `read_records`.
 
     Raises:
         DataError: the object cannot be read, or is not the one that was listed any more.
@@ -41,7 +58,7 @@ def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRe
     with unchanged(found):
         if window.unit == "object":
             with open_object(found) as stream:
-                yield from read_records(stream, found.uri, window.format)
+                yield from read_records(stream, found.uri, window.format, columns)
         elif window.unit == "bytes":
             yield from _BYTE_READERS[window.format](found, window)
         elif window.unit == "row_groups":
@@ -51,13 +68,17 @@ def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRe
             yield from columnar.read_batches(ObjectFile(found), found.uri, window.start, window.stop)
 
 
-def read_records(stream: BinaryIO, uri: str, format: str = "auto") -> Iterator[RawRecord | BadRecord]:
+def read_records(
+    stream: BinaryIO, uri: str, format: str = "auto", columns: Collection[str] = ()
+) -> Iterator[RawRecord | BadRecord]:
     """Records of one file, in order.
 
     Args:
         stream: its bytes, from the beginning; it is read once and need not be seekable.
         uri: where it is, for messages.
         format: what to read it as, or `auto`; see `SourceSpec.format`.
+        columns: names that the job says records have, see `named_columns`: an object that has one of them is
+            a record, and holds none by id.
 
     Raises:
         DataError: the file cannot be read as a whole.
@@ -68,11 +89,25 @@ def read_records(stream: BinaryIO, uri: str, format: str = "auto") -> Iterator[R
             head, rest = _peek(gzip.GzipFile(fileobj=rest))
         if is_blank(head):
             return
-        yield from _READERS[find_format(head, uri) if format == "auto" else format](rest, uri)
+        format = find_format(head, uri) if format == "auto" else format
+        if format == "json":
+            yield from documents.read_document(rest, uri, columns)
+        else:
+            yield from _READERS[format](rest, uri)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{uri}: the gzip data is damaged or cut off ({error}); write the file again"
         ) from None
+
+
+def named_columns(fields: FieldsSpec) -> frozenset[str]:
+    """The columns that a source's `fields` name: of dotted paths the first part.
+
+    >>> sorted(named_columns(FieldsSpec(prompt="q.text", completion="a")))
+    ['a', 'q']
+    """
+    paths = fields.model_dump().values()
+    return frozenset(path.partition(".")[0] for path in paths if isinstance(path, str))
 
 
 def is_blank(head: bytes) -> bool:
@@ -193,7 +228,6 @@ def _read_csv(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
 
 _READERS = {
     "jsonl": _read_lines,
-    "json": documents.read_document,
     "natural-instructions": documents.read_natural_instructions,
     "csv": _read_csv,
     "parquet": columnar.read_parquet,

@@ -104,9 +104,10 @@ def test_splits_and_other_files_are_those_of_a_folder(home: Path) -> None:
 def test_what_is_not_in_the_cache_is_said_offline(home: Path, uri: str) -> None:
     dataset, _ = split_hub_uri(uri)
     at = f" --revision {dataset.revision}" if dataset.revision else ""
+    command = f"`hf download {dataset.id} --repo-type dataset{at}`"
     assert offline(uri, home) == {
         "error": f"{dataset}: not in this machine's cache, and the Hub cannot be reached; set "
-        f"HF_HUB_OFFLINE=0, or fetch it first with `hf download {dataset.id} --repo-type dataset{at}`, or put it in a bucket"
+        f"HF_HUB_OFFLINE=0, or fetch it first with {command}, or put it in a bucket"
     }
 
 
