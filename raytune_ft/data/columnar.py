@@ -117,6 +117,50 @@ def read_batches(file: ObjectFile, uri: str, start: int, stop: int) -> Iterator[
             before = 0 if start else before + batch.num_rows
 
 
+def stream_batches(file: ObjectFile, uri: str) -> tuple[int, list[tuple[int, int]]] | None:
+    """Where the parts of an Arrow IPC stream are, found by reading it once, a message at a time.
+
+    Returns:
+        The bytes of the schema at its beginning, and of each record batch its bytes and its rows; None where
+        batches refer to dictionaries that stand between them.
+
+    Raises:
+        DataError: the stream is damaged.
+    """
+    import pyarrow as pa
+
+    batches = []
+    with _arrow_errors(uri, "arrow"):
+        messages = pa.ipc.MessageReader.open_stream(file)
+        schema = pa.ipc.read_schema(messages.read_next_message())
+        schema_bytes = end = file.tell()
+        for message in messages:
+            if message.type != "record batch":
+                return None
+            start, end = end, file.tell()
+            batches.append((end - start, pa.ipc.read_record_batch(message, schema).num_rows))
+    return schema_bytes, batches
+
+
+def read_stream_part(content: bytes, uri: str, before: int) -> Iterator[RawRecord | BadRecord]:
+    """Rows of some record batches of an Arrow IPC stream.
+
+    Args:
+        content: the bytes of the schema, and of the batches.
+        uri: where the stream is.
+        before: rows that stand before them.
+
+    Raises:
+        DataError: the stream is damaged.
+    """
+    import pyarrow as pa
+
+    with _arrow_errors(uri, "arrow"):
+        for batch in pa.ipc.open_stream(content):
+            yield from _rows(batch, uri, before)
+            before += batch.num_rows
+
+
 def _open_parquet(file: BinaryIO | ObjectFile) -> "parquet.ParquetFile":
     from pyarrow import parquet
 

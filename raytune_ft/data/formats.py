@@ -35,6 +35,7 @@ HEAD_BYTES = 1 << 20
 GZIP = b"\x1f\x8b"
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KNOWN_FORMATS = "jsonl, json, csv, parquet or arrow"
 _BLOCK_BYTES = 1 << 18
 _OVERHANG_BYTES = 64 << 10
@@ -126,7 +127,9 @@ def find_format(head: bytes, uri: str) -> str:
     if head.startswith((ARROW_FILE, ARROW_STREAM)):
         return "arrow"
     if head.startswith(_UTF16):
-        raise DataError(f"{uri}: the text is UTF-16; save it as UTF-8")
+        raise DataError(f"{uri}: the text is UTF-16; save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does")
+    if head.startswith(_LFS_POINTER):
+        raise DataError(f"{uri}: a pointer of Git LFS, not the file itself; run git lfs pull in the clone")
     content = head.removeprefix(text.BOM).lstrip()
     first, _, following = content.partition(b"\n")
     if content.startswith((b"{", b"[")):
@@ -170,11 +173,18 @@ def _read_document_of(found: DataObject, window: Window) -> Iterator[RawRecord |
     return documents.read_document_part(content, found.uri, window.context)
 
 
+def _read_stream_of(found: DataObject, window: Window) -> Iterator[RawRecord | BadRecord]:
+    schema_bytes, before = map(int, window.context.split())
+    parts = (*read_blocks(found, 0, schema_bytes), *read_blocks(found, window.start, window.stop))
+    return columnar.read_stream_part(b"".join(parts), found.uri, before)
+
+
 _BYTE_READERS = {
     "jsonl": _read_lines_of,
     "csv": _read_csv_of,
     "json": _read_document_of,
     "natural-instructions": _read_document_of,
+    "arrow": _read_stream_of,
 }
 
 

@@ -254,6 +254,8 @@ CUT_OFF = (
     "x: the gzip data is damaged or cut off "
     "(Compressed file ended before the end-of-stream marker was reached); write the file again"
 )
+UTF16 = "x: the text is UTF-16; save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does"
+POINTER = "x: a pointer of Git LFS, not the file itself; run git lfs pull in the clone"
 NO_TASK = "x: no Definition with a list of Instances, and format is natural-instructions"
 
 
@@ -263,7 +265,8 @@ NO_TASK = "x: no Definition with a list of Instances, and format is natural-inst
         (b"hello world", "auto", UNKNOWN),
         (b"\x89PNG\r\n\x1a\n\0\0,", "auto", UNKNOWN),
         (b"a,\0b\n1,2\n", "auto", UNKNOWN),
-        ('{"a": 1}'.encode("utf-16"), "auto", "x: the text is UTF-16; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "auto", UTF16),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "auto", POINTER),
         (
             b'[{"a": 1}, {"a"',
             "auto",
@@ -280,7 +283,7 @@ NO_TASK = "x: no Definition with a list of Instances, and format is natural-inst
         (b"[]", "natural-instructions", NO_TASK),
         (gzip.compress(b"a" * 1000, mtime=0)[:-9], "auto", CUT_OFF),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_file_that_cannot_be_read_as_a_whole(content: bytes, format: str, message: str) -> None:
     with pytest.raises(DataError) as raised:
