@@ -46,6 +46,12 @@ class SourceListing:
     """Names in its folder that hold no records and were left out, relative to the folder; those of hidden
     folders end with '/' and stand for all below."""
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read of a data set of the Hub; None elsewhere."""
+        root = self.objects[0].root
+        return root.rpartition("@")[2] if hub.is_hub(root) else None
+
 
 class _Place(Protocol):
     """What can be listed: a storage, or a revision of a data set of the Hub."""
@@ -98,6 +104,19 @@ def list_source(uri: str, source: int = 0) -> SourceListing:
         raise DataError(f"{uri}: {_nothing(uri, skipped)}")
     objects = (DataObject(source, root, each.key, each.size_bytes, each.etag) for each in listed)
     return SourceListing(tuple(objects), skipped)
+
+
+def listing_notices(data: DataSpec, listings: Sequence[SourceListing]) -> Iterator[str]:
+    """What a person should know of the listings: the names that were left out, and the Hub's commit."""
+    for at, (source, listing) in enumerate(zip(data.sources, listings, strict=True)):
+        place = f"data.sources[{at}] ({source.uri})"
+        if listing.skipped:
+            yield (
+                f"{place}: {len(listing.skipped)} left out that by their names hold no records: "
+                f"{some_names(listing.skipped)}"
+            )
+        if listing.commit:
+            yield f"{place}: read at commit {listing.commit}"
 
 
 def fingerprint(objects: Sequence[DataObject]) -> str:

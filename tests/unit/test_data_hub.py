@@ -40,6 +40,7 @@ else:
         "uris": [each.uri for each in found.objects],
         "sizes": [each.size_bytes for each in found.objects],
         "skipped": found.skipped,
+        "commit": found.commit,
         "texts": texts,
         "fingerprint": fingerprint(found.objects),
     }))
@@ -88,6 +89,7 @@ TRAIN = [name for name in FILES if "train" in name]
 def test_cache_is_read_offline_at_its_commit(home: Path, uri: str) -> None:
     found = offline(uri, home)
     assert found["uris"] == [f"hf://datasets/team/sums@{COMMIT}/{name}" for name in TRAIN]
+    assert found["commit"] == COMMIT
     assert found["sizes"] == [len(FILES[name]) for name in TRAIN]
     assert found["texts"] == [FILES[name][1:].decode() for name in TRAIN]
 

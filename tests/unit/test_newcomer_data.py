@@ -75,6 +75,21 @@ def test_right_values(
     assert [text.removesuffix("</s>") for text in learned(capsys)] == answers
 
 
+def test_what_is_left_out_of_a_folder_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".git").mkdir(parents=True)
+    for name in (".git/HEAD", "README.md", "LICENSE"):
+        (clone / name).write_text("text")
+    (clone / "train.jsonl").write_bytes(lines({"prompt": "a", "completion": "b"}))
+    look(base, clone)
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert counts["total"]["records"] == 1
+    left_out = "3 left out that by their names hold no records: .git/, LICENSE, README.md"
+    assert counts["notices"] == [f"data.sources[0] ({clone}): {left_out}"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
