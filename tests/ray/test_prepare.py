@@ -10,7 +10,8 @@ import tiny
 
 import raytune_ft.data.survey as survey_module
 from raytune_ft.cli.data import data_command
-from raytune_ft.data.counts import Survey, check_counts
+from raytune_ft.data.checks import check_counts
+from raytune_ft.data.counts import Survey
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode, tokenise_window
 from raytune_ft.data.index import divide
