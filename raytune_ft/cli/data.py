@@ -95,7 +95,7 @@ def _read_all(
     from raytune_ft.data.encoder import Encoder
     from raytune_ft.data.examples import tokenise_window
     from raytune_ft.data.index import divide
-    from raytune_ft.data.sources import list_objects
+    from raytune_ft.data.sources import list_sources, listing_notices
     from raytune_ft.data.template import check_templates
 
     encoder = Encoder.of(tokenizer)
@@ -103,7 +103,8 @@ def _read_all(
     shown: list[ShownExample] = []
     windows: list[Window] = []
     reports: dict[int, WindowReport] = {}
-    for number, found in enumerate(list_objects(job.data)):
+    listings = list_sources(job.data)
+    for number, found in enumerate(found for listing in listings for found in listing.objects):
         for window in divide(found, number, job.data.sources[found.source].format, None):
             tokenised = tokenise_window(found, window, job.data, encoder, job.model.labels)
             reports[len(windows)] = tokenised.report
@@ -111,7 +112,7 @@ def _read_all(
             missing = limit - sum(example.source == found.source for example in shown)
             rows = tokenised.table.slice(0, max(0, missing)).to_pylist()
             shown += [_show(row, found.source, tokenizer) for row in rows]
-    return shown, Survey(windows, reports)
+    return shown, Survey(windows, reports, tuple(listing_notices(job.data, listings)))
 
 
 def _show(row: dict[str, Any], source: int, tokenizer: "PreTrainedTokenizerBase") -> ShownExample:

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import BinaryIO
 
+from raytune_ft.data import hub
 from raytune_ft.data.sources import DataObject
 from raytune_ft.errors import DataError, StorageChanged, StorageMissing
-from raytune_ft.storage import Storage, open_storage
+from raytune_ft.storage import Storage, open_parent, open_storage
 
 _AHEAD_BYTES = 64 << 10
 """Asked for at least; the footer of most files is within so many bytes of their end."""
@@ -42,7 +43,12 @@ def open_object(found: DataObject, start: int = 0, stop: int | None = None) -> B
     Raises:
         StorageChanged: it is not the version that was listed; also while the stream is read.
         StorageMissing: it is gone.
+        DataError: it is a file of the Hub, which cannot be had.
     """
+    if hub.is_hub(found.root):
+        # The whole file, into this machine's cache; a commit's files never change.
+        folder, name = open_parent(str(hub.local_copy(found.root, found.key)))
+        return folder.open(name, start, stop)
     return store_at(found.root).open(found.key, start, stop, etag=found.etag)
 
 

@@ -13,7 +13,7 @@ from raytune_ft.errors import StorageDenied, StorageFull
 from raytune_ft.spec import DataSpec
 from raytune_ft.storage import Storage
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Of the file, and of the rules by which records become tokens: what another version wrote is not read."""
 
 _unwritable = set[str]()

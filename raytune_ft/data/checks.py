@@ -57,6 +57,7 @@ def counted(survey: Survey, data: DataSpec) -> DataCounts:
 
 
 def _notices(survey: Survey, counts: DataCounts, data: DataSpec) -> Iterator[str]:
+    yield from survey.notices
     about = "about " if counts.estimated else ""
     for at, (source, found) in enumerate(zip(data.sources, counts.sources, strict=True)):
         place = f"data.sources[{at}] ({source.uri})"

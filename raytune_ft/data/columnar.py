@@ -1,10 +1,14 @@
-"""Rows of parquet files and Arrow IPC files and streams, a batch at a time."""
+"""Rows of parquet files and Arrow IPC files and streams, a batch at a time.
+
+Numbers of 16 and 32 bits come as their shortest decimal: 0.1, and not 0.10000000149011612. In nested objects
+what is null is left out: Arrow gives every struct all of its fields, so that it means "not there".
+"""
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from raytune_ft.data.access import ObjectFile
 from raytune_ft.data.raw import BadRecord, RawRecord
@@ -113,6 +117,50 @@ def read_batches(file: ObjectFile, uri: str, start: int, stop: int) -> Iterator[
             before = 0 if start else before + batch.num_rows
 
 
+def stream_batches(file: ObjectFile, uri: str) -> tuple[int, list[tuple[int, int]]] | None:
+    """Where the parts of an Arrow IPC stream are, found by reading it once, a message at a time.
+
+    Returns:
+        The bytes of the schema at its beginning, and of each record batch its bytes and its rows; None where
+        batches refer to dictionaries that stand between them.
+
+    Raises:
+        DataError: the stream is damaged.
+    """
+    import pyarrow as pa
+
+    batches = []
+    with _arrow_errors(uri, "arrow"):
+        messages = pa.ipc.MessageReader.open_stream(file)
+        schema = pa.ipc.read_schema(messages.read_next_message())
+        schema_bytes = end = file.tell()
+        for message in messages:
+            if message.type != "record batch":
+                return None
+            start, end = end, file.tell()
+            batches.append((end - start, pa.ipc.read_record_batch(message, schema).num_rows))
+    return schema_bytes, batches
+
+
+def read_stream_part(content: bytes, uri: str, before: int) -> Iterator[RawRecord | BadRecord]:
+    """Rows of some record batches of an Arrow IPC stream.
+
+    Args:
+        content: the bytes of the schema, and of the batches.
+        uri: where the stream is.
+        before: rows that stand before them.
+
+    Raises:
+        DataError: the stream is damaged.
+    """
+    import pyarrow as pa
+
+    with _arrow_errors(uri, "arrow"):
+        for batch in pa.ipc.open_stream(content):
+            yield from _rows(batch, uri, before)
+            before += batch.num_rows
+
+
 def _open_parquet(file: BinaryIO | ObjectFile) -> "parquet.ParquetFile":
     from pyarrow import parquet
 
@@ -150,6 +198,8 @@ def _rows_of_groups(
 
 def _rows(batch: "pa.RecordBatch", uri: str, before: int, place: str = "") -> Iterator[RawRecord | BadRecord]:
     _check(batch)
+    batch = _shortened(batch)
+    cleaners = {field.name: clean for field in batch.schema if (clean := _cleaner(field.type)) is not None}
     for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
         part = batch.slice(start, _ROWS_PER_BATCH)
         try:
@@ -158,7 +208,70 @@ def _rows(batch: "pa.RecordBatch", uri: str, before: int, place: str = "") -> It
             rows = [None] * part.num_rows
         for number, row in enumerate(rows):
             position = f"{place}record {before + start + number + 1}"
-            yield _row(part, number, uri, position) if row is None else RawRecord(row, position)
+            record = _row(part, number, uri, position) if row is None else RawRecord(row, position)
+            if cleaners and isinstance(record, RawRecord):
+                for name, clean in cleaners.items():
+                    record.value[name] = _clean(record.value[name], clean)
+            yield record
+
+
+def _shortened(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """The batch with numbers of 32 bits as those of 64 bits that have the same shortest decimal."""
+    import pyarrow as pa
+
+    columns = batch.columns
+    for at, column in enumerate(columns):
+        as_text = _with_float32_as(pa.string(), column.type)
+        if as_text != column.type:
+            columns[at] = column.cast(as_text).cast(_with_float32_as(pa.float64(), column.type))
+    # A batch made of no columns would have no rows.
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names) if columns else batch
+
+
+def _with_float32_as(target: "pa.DataType", type: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+
+    if pa.types.is_float32(type):
+        return target
+    if pa.types.is_struct(type):
+        return pa.struct([field.with_type(_with_float32_as(target, field.type)) for field in type])
+    for is_list, new in (
+        (pa.types.is_list, pa.list_),
+        (pa.types.is_large_list, pa.large_list),
+        (pa.types.is_fixed_size_list, lambda field: pa.list_(field, type.list_size)),
+    ):
+        if is_list(type):
+            return new(type.value_field.with_type(_with_float32_as(target, type.value_type)))
+    return type
+
+
+Cleaner = Callable[[Any], Any]
+
+
+def _cleaner(type: "pa.DataType") -> Cleaner | None:
+    """What makes a record's value of a value of this type that is not null; None where that is itself."""
+    import pyarrow as pa
+
+    if pa.types.is_float16(type):
+        return _shortest_float16
+    if pa.types.is_struct(type):
+        members = {field.name: _cleaner(field.type) for field in type}
+        return lambda value: {
+            name: _clean(member, members[name]) for name, member in value.items() if member is not None
+        }
+    is_list = pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+    element = _cleaner(type.value_type) if is_list else None
+    return None if element is None else lambda value: [_clean(each, element) for each in value]
+
+
+def _clean(value: Any, clean: Cleaner | None) -> Any:
+    return value if value is None or clean is None else clean(value)
+
+
+def _shortest_float16(value: float) -> float:
+    import numpy as np
+
+    return float(str(np.float16(value)))
 
 
 def _check(batch: "pa.RecordBatch") -> None:

@@ -144,6 +144,8 @@ class Survey:
     """All of them, by object and part."""
     reports: Mapping[int, WindowReport]
     """By the window's number among all."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the data was listed."""
 
     @property
     def complete(self) -> bool:

@@ -1,25 +1,35 @@
 """Records of JSON documents: an array, Natural Instructions, `examples`, an object by id, or one record."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from types import UnionType
 from typing import Any, BinaryIO
 
-from raytune_ft.data.borders import Range, Structure, json_structure
+from raytune_ft.data.borders import MAX_MEMBERS, Range, Structure, json_structure
 from raytune_ft.data.raw import BadRecord, RawRecord
+from raytune_ft.data.records import CHAT_COLUMNS, COMPLETION_COLUMNS, PROMPT_COLUMNS, SYSTEM_COLUMNS
 from raytune_ft.data.text import BOM, parse_line, read_jsonl
 from raytune_ft.errors import DataError
 
 WHOLE_LIMIT_BYTES = 256 << 20
 """What cannot be divided is held in memory as a whole, up to this."""
 SAMPLED_LINES = 20
+_COLUMNS = frozenset((*CHAT_COLUMNS, *PROMPT_COLUMNS, *COMPLETION_COLUMNS, *SYSTEM_COLUMNS, "text"))
+"""Names that a record's own columns usually have, and ids of records do not."""
 _MAX_NAME_BYTES = 1 << 16
 _MAX_DEFINITION_BYTES = 1 << 20
 
 
-def read_document(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
+def read_document(
+    stream: BinaryIO, uri: str, columns: Collection[str] = ()
+) -> Iterator[RawRecord | BadRecord]:
     """Records of a JSON document, or of JSON lines that looked like one.
+
+    Args:
+        stream: the document.
+        uri: where it is.
+        columns: names that records have beside the usual ones, as the job says.
 
     Raises:
         DataError: it is neither.
@@ -34,7 +44,7 @@ def read_document(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]
             return
         raise DataError(f"{uri}: {_problem(error)}") from None
     del content
-    yield from _records_of(value)
+    yield from _records_of(value, columns)
 
 
 def read_natural_instructions(stream: BinaryIO, uri: str) -> Iterator[RawRecord]:
@@ -172,17 +182,43 @@ def _problem(error: Exception) -> str:
     return f"not JSON: {error}"
 
 
-def _records_of(value: Any) -> Iterator[RawRecord]:
+def _records_of(value: Any, columns: Collection[str] = ()) -> Iterator[RawRecord]:
+    by_id = isinstance(value, dict) and is_by_id(value, columns)
     if isinstance(value, dict) and _is_natural_instructions(value):
         value = [_with_definition(value["Definition"], instance) for instance in value["Instances"]]
     elif isinstance(value, dict) and isinstance(value.get("examples"), list | dict):
         value = value["examples"]
+        by_id = isinstance(value, dict) and _has_objects_alone(value)
     if isinstance(value, list):
         yield from (RawRecord(record, f"record {number}") for number, record in enumerate(value, 1))
-    elif isinstance(value, dict) and value and all(isinstance(record, dict) for record in value.values()):
+    elif by_id:
         yield from (RawRecord(record, f"record {json.dumps(key)}") for key, record in value.items())
     elif value != {}:
         yield RawRecord(value, "record 1")
+
+
+def is_by_id(value: Mapping[str, Any], columns: Collection[str] = ()) -> bool:
+    """Whether an object holds records by their ids, and is not a record with nested objects itself.
+
+    All its values are objects. Up to `MAX_MEMBERS` of them might be one record's: then none of their names is
+    a usual column's or one of `columns`, and they have a key in common, as records have.
+
+    >>> is_by_id({"q1": {"prompt": "a", "completion": "b"}, "q2": {"prompt": "c", "completion": "d"}})
+    True
+    >>> is_by_id({"question": {"stem": "2+2?"}, "answer": {"text": "4"}})
+    False
+    """
+    if not _has_objects_alone(value):
+        return False
+    if len(value) > MAX_MEMBERS:
+        return True
+    names = [set(record) for record in value.values() if record]
+    share = bool(names) and bool(set.intersection(*names))
+    return share and not any(name in _COLUMNS or name in columns for name in value)
+
+
+def _has_objects_alone(value: Mapping[str, Any]) -> bool:
+    return bool(value) and all(isinstance(record, dict) for record in value.values())
 
 
 def _is_natural_instructions(value: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from raytune_ft.data.conversation import Conversation, Malformed, PlainText, check_label
 from raytune_ft.data.counts import KEPT_BAD_RECORDS, NO_LEARNED_TOKENS, Counts, WindowReport
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.formats import BadRecord, RawRecord, read_window
+from raytune_ft.data.formats import BadRecord, RawRecord, named_columns, read_window
 from raytune_ft.data.records import read_record
 from raytune_ft.data.segments import Example, Rendered
 from raytune_ft.data.sources import DataObject
@@ -70,7 +70,7 @@ def tokenise_window(
         StorageError: the store failed.
     """
     reading = _Reading(found, data, encoder, labels)
-    records = iter(read_window(found, window))
+    records = iter(read_window(found, window, named_columns(data.sources[found.source].fields)))
     while batch := list(islice(records, _RECORDS_PER_BATCH)):
         reading.read(batch)
     return reading.finish()

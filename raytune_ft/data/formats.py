@@ -7,7 +7,7 @@ never stops a file; a file that cannot be read as a whole does.
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from raytune_ft.data import columnar, documents, text
@@ -17,22 +17,40 @@ from raytune_ft.data.raw import BadRecord, RawRecord, printable
 from raytune_ft.data.sources import DataObject
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError
+from raytune_ft.spec import FieldsSpec
 
-__all__ = ["HEAD_BYTES", "BadRecord", "RawRecord", "find_format", "printable", "read_records", "read_window"]
+__all__ = [
+    "HEAD_BYTES",
+    "BadRecord",
+    "RawRecord",
+    "find_format",
+    "named_columns",
+    "printable",
+    "read_records",
+    "read_window",
+]
 
 HEAD_BYTES = 1 << 20
 """How much of a file is looked at to find its format."""
 GZIP = b"\x1f\x8b"
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KNOWN_FORMATS = "jsonl, json, csv, parquet or arrow"
 _BLOCK_BYTES = 1 << 18
 _OVERHANG_BYTES = 64 << 10
 """Read with a window of lines beyond its end, where its last line mostly ends."""
 
 
-def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRecord]:
+def read_window(
+    found: DataObject, window: Window, columns: Collection[str] = ()
+) -> Iterator[RawRecord | BadRecord]:
     """Records of one window of an object, in order.
+
+    Args:
+        found: the object.
+        window: which part of it.
+        columns: see `read_records`.
 
     Raises:
         DataError: the object cannot be read, or is not the one that was listed any more.
@@ -41,7 +59,7 @@ def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRe
     with unchanged(found):
         if window.unit == "object":
             with open_object(found) as stream:
-                yield from read_records(stream, found.uri, window.format)
+                yield from read_records(stream, found.uri, window.format, columns)
         elif window.unit == "bytes":
             yield from _BYTE_READERS[window.format](found, window)
         elif window.unit == "row_groups":
@@ -51,13 +69,17 @@ def read_window(found: DataObject, window: Window) -> Iterator[RawRecord | BadRe
             yield from columnar.read_batches(ObjectFile(found), found.uri, window.start, window.stop)
 
 
-def read_records(stream: BinaryIO, uri: str, format: str = "auto") -> Iterator[RawRecord | BadRecord]:
+def read_records(
+    stream: BinaryIO, uri: str, format: str = "auto", columns: Collection[str] = ()
+) -> Iterator[RawRecord | BadRecord]:
     """Records of one file, in order.
 
     Args:
         stream: its bytes, from the beginning; it is read once and need not be seekable.
         uri: where it is, for messages.
         format: what to read it as, or `auto`; see `SourceSpec.format`.
+        columns: names that the job says records have, see `named_columns`: an object that has one of them is
+            a record, and holds none by id.
 
     Raises:
         DataError: the file cannot be read as a whole.
@@ -68,11 +90,25 @@ def read_records(stream: BinaryIO, uri: str, format: str = "auto") -> Iterator[R
             head, rest = _peek(gzip.GzipFile(fileobj=rest))
         if is_blank(head):
             return
-        yield from _READERS[find_format(head, uri) if format == "auto" else format](rest, uri)
+        format = find_format(head, uri) if format == "auto" else format
+        if format == "json":
+            yield from documents.read_document(rest, uri, columns)
+        else:
+            yield from _READERS[format](rest, uri)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{uri}: the gzip data is damaged or cut off ({error}); write the file again"
         ) from None
+
+
+def named_columns(fields: FieldsSpec) -> frozenset[str]:
+    """The columns that a source's `fields` name: of dotted paths the first part.
+
+    >>> sorted(named_columns(FieldsSpec(prompt="q.text", completion="a")))
+    ['a', 'q']
+    """
+    paths = fields.model_dump().values()
+    return frozenset(path.partition(".")[0] for path in paths if isinstance(path, str))
 
 
 def is_blank(head: bytes) -> bool:
@@ -91,7 +127,9 @@ def find_format(head: bytes, uri: str) -> str:
     if head.startswith((ARROW_FILE, ARROW_STREAM)):
         return "arrow"
     if head.startswith(_UTF16):
-        raise DataError(f"{uri}: the text is UTF-16; save it as UTF-8")
+        raise DataError(f"{uri}: the text is UTF-16; save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does")
+    if head.startswith(_LFS_POINTER):
+        raise DataError(f"{uri}: a pointer of Git LFS, not the file itself; run git lfs pull in the clone")
     content = head.removeprefix(text.BOM).lstrip()
     first, _, following = content.partition(b"\n")
     if content.startswith((b"{", b"[")):
@@ -135,11 +173,18 @@ def _read_document_of(found: DataObject, window: Window) -> Iterator[RawRecord |
     return documents.read_document_part(content, found.uri, window.context)
 
 
+def _read_stream_of(found: DataObject, window: Window) -> Iterator[RawRecord | BadRecord]:
+    schema_bytes, before = map(int, window.context.split())
+    parts = (*read_blocks(found, 0, schema_bytes), *read_blocks(found, window.start, window.stop))
+    return columnar.read_stream_part(b"".join(parts), found.uri, before)
+
+
 _BYTE_READERS = {
     "jsonl": _read_lines_of,
     "csv": _read_csv_of,
     "json": _read_document_of,
     "natural-instructions": _read_document_of,
+    "arrow": _read_stream_of,
 }
 
 
@@ -193,7 +238,6 @@ def _read_csv(stream: BinaryIO, uri: str) -> Iterator[RawRecord | BadRecord]:
 
 _READERS = {
     "jsonl": _read_lines,
-    "json": documents.read_document,
     "natural-instructions": documents.read_natural_instructions,
     "csv": _read_csv,
     "parquet": columnar.read_parquet,

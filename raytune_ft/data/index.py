@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as cached
+from itertools import accumulate
 from typing import BinaryIO, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,7 +37,8 @@ class Division:
     format: str
     ranges: tuple[Range, ...]
     shared: str | None = None
-    """A csv file's header, or the JSON of the definition of a Natural Instructions task."""
+    """A csv file's header, the JSON of the definition of a Natural Instructions task, or how many bytes the
+    schema of an Arrow stream has."""
 
 
 def divide(found: DataObject, object_index: int, format: str, cache: Storage | None) -> tuple[Window, ...]:
@@ -88,10 +90,13 @@ def _divide(found: DataObject, format: str, cache: Storage | None) -> tuple[Divi
     if format == "arrow":
         if head.startswith(ARROW_FILE):
             return _batches(found)
-        return _whole(found, format, "an Arrow stream cannot be divided")
+        # Smaller ones are read as a whole, as they always were.
+        held_bytes = WHOLE_LIMIT_BYTES
+    else:
+        held_bytes = SCAN_BYTES
     if format == "jsonl":
         division = _lines(found)
-    elif found.size_bytes <= SCAN_BYTES:
+    elif found.size_bytes <= held_bytes:
         return _whole(found, format, "")
     else:
         division = _scanned(found, format, head, cache)
@@ -101,6 +106,8 @@ def _divide(found: DataObject, format: str, cache: Storage | None) -> tuple[Divi
 def _context(division: Division, before: int) -> str:
     if division.unit == "bytes" and division.format in ("json", "natural-instructions"):
         return documents.part_context(before, division.shared)
+    if division.unit == "bytes" and division.format == "arrow":
+        return f"{division.shared} {before}"
     return division.shared or ""
 
 
@@ -154,11 +161,12 @@ def _scanned(found: DataObject, format: str, head: bytes, cache: Storage | None)
         with suppress(StorageDenied, StorageFull):  # The next run scans again.
             cache.write(key, _encode(division))
     if division.unit == "object":
-        _check_size(found, found.size_bytes, f"its {format} is no list of records")
+        why = "its batches share dictionaries" if format == "arrow" else f"its {format} is no list of records"
+        _check_size(found, found.size_bytes, why)
     if division.format not in ("jsonl", "csv"):
-        _check_size(
-            found, max(stop - start for start, stop, _ in division.ranges), "one of its records is huge"
-        )
+        what = "a record batch" if format == "arrow" else "one of its records"
+        largest_bytes = max(stop - start for start, stop, _ in division.ranges)
+        _check_size(found, largest_bytes, f"{what} cannot be divided")
     return division
 
 
@@ -171,6 +179,8 @@ def _scan(found: DataObject, format: str, head: bytes) -> Division:
         blocks = read_blocks(found, header.end, found.size_bytes, _SCANNED_BYTES)
         (_, stop, _), *others = csv_ranges(blocks, header.end, header.delimiter, WINDOW_BYTES)
         return Division("bytes", "csv", ((0, stop, 0), *others), header.line)
+    if format == "arrow":
+        return _stream(found) or whole
     structure = json_structure(read_blocks(found, 0, found.size_bytes, _SCANNED_BYTES), WINDOW_BYTES)
     # Of a text that is no document and too large for a closer look, lines are what it may be.
     unclear = structure.kind in ("incomplete", "object of many") and found.size_bytes > WHOLE_LIMIT_BYTES
@@ -183,6 +193,19 @@ def _scan(found: DataObject, format: str, head: bytes) -> Division:
     file = cast(BinaryIO, ObjectFile(found))
     parts = documents.document_ranges(structure, file, only_tasks=format == "natural-instructions")
     return whole if parts is None else Division("bytes", format, *parts)
+
+
+def _stream(found: DataObject) -> Division | None:
+    """How an Arrow stream is divided; None where it cannot be."""
+    parts = columnar.stream_batches(ObjectFile(found), found.uri)
+    if parts is None:
+        return None
+    schema_bytes, batches = parts
+    starts = list(accumulate((size_bytes for size_bytes, _ in batches), initial=schema_bytes))
+    rows = list(accumulate((rows for _, rows in batches), initial=0))
+    groups = group([size_bytes for size_bytes, _ in batches], WINDOW_BYTES) or ((0, 0),)
+    ranges = tuple((starts[start], starts[stop], rows[start]) for start, stop in groups)
+    return Division("bytes", "arrow", ranges, str(schema_bytes))
 
 
 def _key(found: DataObject, format: str) -> str:

@@ -13,7 +13,7 @@ from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.formats import BadRecord
 from raytune_ft.data.mixture import SourceShape
 from raytune_ft.data.reader import WindowReader
-from raytune_ft.data.sources import DataObject, fingerprint, list_objects
+from raytune_ft.data.sources import DataObject, fingerprint, list_sources, listing_notices
 from raytune_ft.data.survey import Kept, divide_all, read_windows, surveyed
 from raytune_ft.data.template import AUTO, check_templates
 from raytune_ft.data.windows import Window
@@ -97,7 +97,7 @@ def prepare(
     windows = divide_all(reader)
     chosen = surveyed(windows, job.data.seed)
     contents, reports = read_windows(windows, chosen, reader, here=here)
-    survey = Survey(windows, reports)
+    survey = Survey(windows, reports, reader.notices)
     bad = tuple(record for report in survey.read() for record in report.bad)[:KEPT_BAD_RECORDS]
     if bad and quarantine is not None:
         write_quarantine(bad, quarantine)
@@ -139,7 +139,15 @@ def reader_of(
     encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder.of(tokenizer)
     check_templates((source.template for source in data.sources), encoder)
     kept_at = join_uri(job.publish.catalog.rstrip("/"), "cache") if cache else None
-    return WindowReader(tuple(list_objects(data)), data, encoder, kept_at, job.model.labels)
+    listings = list_sources(data)
+    return WindowReader(
+        objects=tuple(found for listing in listings for found in listing.objects),
+        data=data,
+        encoder=encoder,
+        cache=kept_at,
+        labels=job.model.labels,
+        notices=tuple(listing_notices(data, listings)),
+    )
 
 
 def end_ids(reports: Mapping[int, WindowReport]) -> tuple[int, ...]:

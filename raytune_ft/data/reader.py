@@ -23,6 +23,8 @@ class WindowReader:
     """Uri of the store that keeps contents; None where nothing is kept."""
     labels: tuple[str, ...] = ()
     """The classes that completions may name, see `ModelSpec.labels`."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the objects were listed, see `listing_notices`."""
 
     def read(self, window: Window) -> bytes:
         """A window's content, see `raytune_ft.data.examples.decode`: from the cache, or made and kept there.

@@ -94,7 +94,8 @@ def read_jsonl(
     """
     for number, (offset, line, size_bytes) in enumerate(read_lines(blocks, start, stop), 1):
         position = f"line {number}" if numbered else f"byte {offset}"
-        content = line if offset else line.removeprefix(BOM)
+        # Files that begin with a byte-order mark may have been put one after another.
+        content = line.removeprefix(BOM)
         if len(line) < size_bytes:
             yield _too_long(uri, position, "line", content.decode("utf-8", "backslashreplace"))
         elif content.strip():

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from raytune_ft.data.sources import list_objects
+from raytune_ft.data.sources import list_source
 from raytune_ft.errors import DataError
 from raytune_ft.fleet.placement import Group, place
 from raytune_ft.fleet.simulate import Forecast, Preemptions, Resident, Task, forecasts
 from raytune_ft.fleet.work import CPU_FLOPS, GPU_FLOPS, Work, estimate
 from raytune_ft.planner import ModelFacts, check_max_tokens
-from raytune_ft.spec import DataSpec, FleetSpec, JobSpec, SourceSpec, expand
+from raytune_ft.spec import FleetSpec, JobSpec, expand
 from raytune_ft.spec.problems import message
 
 LANE_START_S = 20.0
@@ -93,45 +93,41 @@ def list_jobs(fleet: FleetSpec, place_name: str) -> tuple[tuple[JobSpec, ...], M
         DataError: sources name nothing; all of them in one message.
         StorageError: a store cannot be listed.
     """
-    listed = _sizes_of_glob(fleet.for_each.glob) if fleet.for_each else {}
+    listed = _sizes_of_glob(fleet.for_each.glob, place_name) if fleet.for_each else {}
     jobs = expand(fleet, listed, place=place_name)
     wanted = {source.uri for job in jobs for source in job.data.sources} - listed.keys()
-    sizes = {**listed, **_total_sizes(sorted(wanted))}
-    missing = [
-        f"{job.name}: data.sources[{at}].uri = {source.uri}: no such file, and no folder or glob with files"
+    sizes: dict[str, int | DataError] = {**listed, **_total_sizes(sorted(wanted))}
+    problems = [
+        f"{job.name}: data.sources[{at}].uri = {problem}"
         for job in jobs
         for at, source in enumerate(job.data.sources)
-        if sizes.get(source.uri) is None
+        if isinstance(problem := sizes[source.uri], DataError)
     ]
-    if missing:
-        raise DataError(message(place_name, missing))
-    return jobs, {uri: size for uri, size in sizes.items() if size is not None}
+    if problems:
+        raise DataError(message(place_name, problems))
+    return jobs, {uri: size for uri, size in sizes.items() if isinstance(size, int)}
 
 
 def _work(job: JobSpec, sizes: Mapping[str, int]) -> Work:
     return estimate(job, [sizes[source.uri] for source in job.data.sources])
 
 
-def _sizes_of_glob(glob: str) -> dict[str, int | None]:
+def _sizes_of_glob(glob: str, place_name: str) -> dict[str, int]:
     try:
-        return {found.uri: found.size_bytes for found in list_objects(_data(glob))}
-    except DataError:
-        return {}
+        return {found.uri: found.size_bytes for found in list_source(glob).objects}
+    except DataError as error:
+        raise DataError(message(place_name, [f"for_each.glob = {error}"])) from None
 
 
-def _total_sizes(uris: Iterable[str]) -> dict[str, int | None]:
-    """Bytes below each uri; None where there is nothing."""
+def _total_sizes(uris: Iterable[str]) -> dict[str, int | DataError]:
+    """Bytes below each uri, or what is wrong with it."""
 
-    def total(uri: str) -> int | None:
+    def total(uri: str) -> int | DataError:
         try:
-            return sum(found.size_bytes for found in list_objects(_data(uri)))
-        except DataError:
-            return None
+            return sum(found.size_bytes for found in list_source(uri).objects)
+        except DataError as error:
+            return error
 
     wanted = list(uris)
     with ThreadPoolExecutor(_LISTERS) as pool:
         return dict(zip(wanted, pool.map(total, wanted), strict=True))
-
-
-def _data(uri: str) -> DataSpec:
-    return DataSpec(sources=(SourceSpec(uri=uri),))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from raytune_ft.spec.values import Fraction, Location, Section
+from raytune_ft.spec.values import DataLocation, Fraction, Section
 
 
 class FieldsSpec(Section):
@@ -20,8 +20,9 @@ class FieldsSpec(Section):
 class RecordsSpec(Section):
     """Where records stand, and how they are read."""
 
-    uri: Location
-    """A file, a folder or a glob such as `s3://datasets/tasks/*.json`."""
+    uri: DataLocation
+    """A file, a folder, a glob such as `s3://datasets/tasks/*.json`, or `hf://owner/name` on the Hub. Of a
+    folder with several splits one is named: `FOLDER/train`."""
     template: str = "auto"
     """How a record becomes text: a name (`raytune-ft data --templates` lists them), `chat` for the
     tokenizer's own chat template, inline Jinja2, or `auto` by the record's shape."""

@@ -13,6 +13,12 @@ VERSION = re.compile(r"v([0-9]+)")
 """How a reference names a version: `summarise@v3`. No alias may look like it."""
 
 SUPPORTED_SCHEMES = ("file", "s3")
+HUB_URI = re.compile(
+    r"hf://(?:datasets/)?(?!(?:datasets|models|spaces|buckets)/)"
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<key>.*))?"
+)
+"""A data set of the Hugging Face Hub, perhaps a revision, and a file, folder, split or glob in it."""
 
 
 def _check_name(name: str) -> str:
@@ -45,11 +51,30 @@ def _check_location(uri: str) -> str:
     return uri
 
 
+def _check_data_location(uri: str) -> str:
+    scheme, separator, _ = uri.partition("://")
+    if scheme == "hf":
+        if not HUB_URI.fullmatch(uri):
+            raise PydanticCustomError(
+                "secret", "write hf://owner/name for a data set of the Hub, or hf://owner/name@revision"
+            )
+        return uri
+    if separator and scheme not in SUPPORTED_SCHEMES:
+        raise PydanticCustomError(
+            "secret", f"scheme '{scheme[:20]}' is not supported; use a folder, file://, s3:// or hf://"
+        )
+    return _check_location(uri)
+
+
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
 Location = Annotated[
     str, AfterValidator(_check_location), Field(json_schema_extra={"format": "uri-reference"})
 ]
-"""A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded."""
+"""A folder, `file://` or `s3://`. The only strings in which `${NAME}` is expanded, with DataLocation."""
+DataLocation = Annotated[
+    str, AfterValidator(_check_data_location), Field(json_schema_extra={"format": "uri-reference"})
+]
+"""A Location, or `hf://` for a data set of the Hugging Face Hub."""
 Alias = Annotated[Name, AfterValidator(_check_alias)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -10,13 +10,14 @@ import tiny
 
 import raytune_ft.data.survey as survey_module
 from raytune_ft.cli.data import data_command
-from raytune_ft.data.counts import Survey, check_counts
+from raytune_ft.data.checks import check_counts
+from raytune_ft.data.counts import Survey
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode, tokenise_window
 from raytune_ft.data.index import divide
 from raytune_ft.data.order import window_order
 from raytune_ft.data.prepare import PreparedData, prepare
-from raytune_ft.data.sources import fingerprint, list_objects
+from raytune_ft.data.sources import fingerprint, list_objects, list_sources
 from raytune_ft.data.survey import surveyed
 from raytune_ft.data.windows import Window
 from raytune_ft.errors import DataError
@@ -219,9 +220,9 @@ def test_unreadable_file_reaches_the_driver_as_itself(tmp_path: Path) -> None:
 def test_file_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = write(tmp_path, "a.jsonl", pairs(10))
     spec = job(tmp_path, {"uri": uri})
-    objects = list_objects(spec.data)
+    listings = list_sources(spec.data)
     Path(uri).unlink()
-    monkeypatch.setattr("raytune_ft.data.prepare.list_objects", lambda _: objects)
+    monkeypatch.setattr("raytune_ft.data.prepare.list_sources", lambda _: listings)
     with pytest.raises(DataError, match="deleted since"):
         prepare(spec, tokenizer=TOKENIZER)
 

@@ -10,7 +10,7 @@ from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.examples import decode
 from raytune_ft.data.index import divide
 from raytune_ft.data.reader import WindowReader
-from raytune_ft.data.sources import list_objects
+from raytune_ft.data.sources import list_objects, list_source
 from raytune_ft.errors import DataError
 from raytune_ft.spec import DataSpec, SourceSpec
 from raytune_ft.storage import open_storage
@@ -49,3 +49,13 @@ def test_nothing_in_a_bucket(bucket: str) -> None:
     with pytest.raises(DataError) as raised:
         list_objects(DataSpec(sources=(SourceSpec(uri=uri),)))
     assert str(raised.value) == f"data.sources[0].uri = {uri}: no such file, and no folder or glob with files"
+
+
+def test_splits_of_a_folder_in_a_bucket(bucket: str) -> None:
+    storage = open_storage(f"s3://{bucket}/sets")
+    for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "README.md"):
+        storage.write(name, b"{}")
+    with pytest.raises(DataError, match=f"uri: s3://{bucket}/sets/train, or take"):
+        list_source(f"s3://{bucket}/sets")
+    (found,) = list_source(f"s3://{bucket}/sets/train").objects
+    assert found.uri == f"s3://{bucket}/sets/data/train-00000-of-00001.jsonl"

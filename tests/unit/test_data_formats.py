@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -76,11 +77,13 @@ def as_arrow(new: Callable[[Any, pa.Schema], Any]) -> bytes:
     return sink.getvalue()
 
 
+BOM = b"\xef\xbb\xbf"
 TEXTS = {
     "jsonl": "\n".join(json.dumps(row) for row in ROWS).encode(),
     "jsonl, CRLF, blank lines, BOM": b"\xef\xbb\xbf\r\n"
     + "\r\n\r\n".join(map(json.dumps, ROWS)).encode()
     + b"\r\n",
+    "jsonl, two files with a BOM each": b"".join(BOM + json.dumps(row).encode() + b"\n" for row in ROWS),
     "json array": json.dumps(ROWS).encode(),
     "json array, a record per line": ("[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]").encode(),
     "json array, indented, BOM": b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2, ensure_ascii=False).encode(),
@@ -160,6 +163,34 @@ def test_one_object_is_one_record() -> None:
     assert values(b'{"prompt": "a", "completion": "b"}') == [{"prompt": "a", "completion": "b"}]
 
 
+NESTED = {"question": {"stem": "2+2?"}, "answer": {"text": "4"}}
+NESTED_ALIKE = {"q": {"text": "2+2?"}, "a": {"text": "4"}}
+BY_ID = {"q1": {"prompt": "a", "completion": "b"}, "q2": {"prompt": "c", "completion": "d", "system": "e"}}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("value", "columns", "records"),
+    [
+        (NESTED, (), [NESTED]),
+        (NESTED_ALIKE, ("q", "a"), [NESTED_ALIKE]),
+        (NESTED_ALIKE, (), list(NESTED_ALIKE.values())),
+        ({"stem": {"a": 1}, "choices": {"b": 2}}, (), [{"stem": {"a": 1}, "choices": {"b": 2}}]),
+        ({"messages": {"0": {"role": "user"}}}, (), [{"messages": {"0": {"role": "user"}}}]),
+        (BY_ID, ("prompt",), list(BY_ID.values())),
+        ({"only": BY_ID["q1"]}, (), [BY_ID["q1"]]),
+        ({**BY_ID, "q3": {}}, (), [*BY_ID.values(), {}]),
+        ({str(at): {str(at): at} for at in range(65)}, (), [{str(at): at} for at in range(65)]),
+    ],
+)
+def test_one_object_with_nested_ones_is_told_from_records_by_id(
+    value: dict[str, Any], columns: tuple[str, ...], records: list[Any], indent: int | None
+) -> None:
+    content = io.BytesIO(json.dumps(value, indent=indent).encode())
+    found = list(read_records(content, "x", columns=columns))
+    assert [record.value for record in found if isinstance(record, RawRecord)] == records
+
+
 def test_records_that_are_no_objects_are_given_as_they_are() -> None:
     assert values(b'{"a": 1}\n["x"]\n5\nnull\n') == [{"a": 1}, ["x"], 5, None]
 
@@ -223,6 +254,8 @@ CUT_OFF = (
     "x: the gzip data is damaged or cut off "
     "(Compressed file ended before the end-of-stream marker was reached); write the file again"
 )
+UTF16 = "x: the text is UTF-16; save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does"
+POINTER = "x: a pointer of Git LFS, not the file itself; run git lfs pull in the clone"
 NO_TASK = "x: no Definition with a list of Instances, and format is natural-instructions"
 
 
@@ -232,7 +265,8 @@ NO_TASK = "x: no Definition with a list of Instances, and format is natural-inst
         (b"hello world", "auto", UNKNOWN),
         (b"\x89PNG\r\n\x1a\n\0\0,", "auto", UNKNOWN),
         (b"a,\0b\n1,2\n", "auto", UNKNOWN),
-        ('{"a": 1}'.encode("utf-16"), "auto", "x: the text is UTF-16; save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "auto", UTF16),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "auto", POINTER),
         (
             b'[{"a": 1}, {"a"',
             "auto",
@@ -249,12 +283,73 @@ NO_TASK = "x: no Definition with a list of Instances, and format is natural-inst
         (b"[]", "natural-instructions", NO_TASK),
         (gzip.compress(b"a" * 1000, mtime=0)[:-9], "auto", CUT_OFF),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_file_that_cannot_be_read_as_a_whole(content: bytes, format: str, message: str) -> None:
     with pytest.raises(DataError) as raised:
         read(content, format)
     assert str(raised.value) == message
+
+
+NARROW = {
+    "f32": pa.array([0.1, None, 1e-7, 3.0], pa.float32()),
+    "f16": pa.array([np.float16(0.1), None, np.float16(6e-8), np.float16(3)], pa.float16()),
+    "f64": pa.array([0.1, None, 1 / 3, 3.0], pa.float64()),
+    "list": pa.array([[0.1, None], None, [], [2.5]], pa.list_(pa.float32())),
+    "pair": pa.array([[0.1, 0.2], None, [0.3, 0.4], [1.0, 2.0]], pa.list_(pa.float32(), 2)),
+    "struct": pa.array(
+        [{"a": {"b": [{"c": 0.1, "d": None}]}, "e": "x"}, None, {"a": None, "e": None}, {"a": {}, "e": "y"}],
+        pa.struct(
+            [
+                ("a", pa.struct([("b", pa.list_(pa.struct([("c", pa.float32()), ("d", pa.string())])))])),
+                ("e", pa.string()),
+            ]
+        ),
+    ),
+}
+NARROW_VALUES = [
+    {"f32": 0.1, "f16": 0.1, "f64": 0.1, "list": [0.1, None], "pair": [0.1, 0.2]}
+    | {"struct": {"a": {"b": [{"c": 0.1}]}, "e": "x"}},
+    dict.fromkeys(NARROW),
+    {"f32": 1e-7, "f16": 6e-8, "f64": 1 / 3, "list": [], "pair": [0.3, 0.4], "struct": {}},
+    {"f32": 3.0, "f16": 3.0, "f64": 3.0, "list": [2.5], "pair": [1.0, 2.0], "struct": {"a": {}, "e": "y"}},
+]
+
+
+def in_format(table: pa.Table, format: str) -> bytes:
+    sink = io.BytesIO()
+    if format == "parquet":
+        parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_narrow_numbers_are_their_shortest_decimal_and_fillers_go(format: str) -> None:
+    assert values(in_format(pa.table(NARROW), format)) == NARROW_VALUES
+
+
+def test_messages_of_a_columnar_file_are_those_of_their_lines() -> None:
+    """Arrow gives every message and every call's arguments the keys of all."""
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "say", "arguments": {"text": "x"}}}
+    chats = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call, other]}]},
+    ]
+    table = pa.Table.from_pylist(chats)
+    assert table.to_pylist() != chats
+    assert values(in_format(table, "parquet")) == chats
+
+
+def test_rows_without_columns_stay() -> None:
+    batch = pa.record_batch({"a": [1, 2]}).select([])
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    assert values(sink.getvalue()) == [{}, {}]
 
 
 @pytest.mark.parametrize("content", BINARIES.values(), ids=list(BINARIES))

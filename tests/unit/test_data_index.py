@@ -217,26 +217,55 @@ def test_two_requests_read_a_row_group(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(asked) < windows[1].size_bytes + (80 << 10)
 
 
+def as_stream(*batches: pa.RecordBatch) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_arrow_stream_that_is_too_large_to_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger data sets that the `datasets` library saved are streams of up to 500 MB."""
+    batches = pa.Table.from_pylist(ROWS).to_batches(10)
+    content = as_stream(*batches)
+    found = stored(tmp_path / "x", content)
+    (held,) = divide(found, 0, "auto", None)
+    assert (held.unit, what(read_all(found, [held]))) == ("object", ROWS)
+    monkeypatch.setattr(index, "WHOLE_LIMIT_BYTES", len(content) - 1)
+    windows = divide(found, 0, "auto", None)
+    assert len(windows) > 4
+    assert all(one.stop == other.start for one, other in pairwise(windows))
+    records = read_all(found, windows)
+    assert what(records) == ROWS
+    places = [record.position for record in records if isinstance(record, RawRecord)]
+    assert places == [f"record {number}" for number in range(1, 201)]
+    with pytest.raises(DataError, match=r"not a whole arrow file \(.+\); write it again"):
+        divide(stored(tmp_path / "y", content[: len(content) // 2] + b"x" * len(content)), 0, "auto", None)
+
+
 def test_too_large_to_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "WINDOW_BYTES", 1000)
     monkeypatch.setattr(index, "SCAN_BYTES", 1000)
     monkeypatch.setattr(index, "WHOLE_LIMIT_BYTES", 3000)
     limit = "and the limit is 3,000"
     remedy = "write it as jsonl without gzip, as parquet in small row groups, or in several files"
-    stream = io.BytesIO()
-    with pa.ipc.new_stream(stream, pa.schema([("text", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch({"text": ["x" * 5000]}))
-    cases = {
-        "gzip cannot be divided": UNDIVIDED["gzip"],
-        "its json is no list of records": UNDIVIDED["by id"],
-        "one of its records is huge": json.dumps([{"a": "x" * 4000}, 1]).encode(),
-        "row group 0 cannot be divided": as_parquet(
-            [{"a": str(n * 7919 % 10_007)} for n in range(3000)], 3000
+    long = pa.record_batch({"text": ["x" * 5000]})
+    shared = pa.record_batch({"text": pa.array(["x" * 5000, "y"]).dictionary_encode()})
+    cases = [
+        ("gzip cannot be divided", UNDIVIDED["gzip"]),
+        ("its json is no list of records", UNDIVIDED["by id"]),
+        ("one of its records cannot be divided", json.dumps([{"a": "x" * 4000}, 1]).encode()),
+        (
+            "row group 0 cannot be divided",
+            as_parquet([{"a": str(n * 7919 % 10_007)} for n in range(3000)], 3000),
         ),
-        "a record batch cannot be divided": as_arrow(ROWS, 1000),
-        "an Arrow stream cannot be divided": stream.getvalue(),
-    }
-    for reason, content in cases.items():
+        ("a record batch cannot be divided", as_arrow(ROWS, 1000)),
+        ("a record batch cannot be divided", as_stream(long)),
+        ("its batches share dictionaries", as_stream(shared)),
+    ]
+    for reason, content in cases:
         found = stored(tmp_path / "x", content)
         with pytest.raises(DataError) as raised:
             divide(found, 0, "auto", None)

@@ -165,6 +165,14 @@ def test_bad_input(
     assert message in err
 
 
+def test_a_folder_of_several_splits_is_refused_as_in_a_job(run: Run, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("{}")
+    code, out, err = run("--set", f"jobs.0.data.sources.0.uri={tmp_path}")
+    assert (code, out) == (2, "")
+    assert f"small: data.sources[0].uri = {tmp_path}: holds the splits test, train; name the one" in err
+
+
 def test_a_job_file_has_no_lanes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
