@@ -29,6 +29,7 @@ FILE_SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
 """None of these runs code when it is loaded; pickles (.bin, .pt, .pkl) do."""
 PUBLISH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PART_CHARACTERS = 60
+_MOST_NOTICES = 100
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _REFERENCE = re.compile(f"{NAME.pattern}@{VERSION.pattern}")
@@ -141,6 +142,12 @@ class RecordDraft(Entry):
     scores_before: dict[str, FiniteFloat] | None
     """On the test split, with the bare base."""
     scores_after: dict[str, FiniteFloat] | None
+    scored_examples: dict[str, Count] | None = None
+    """How many examples each score was measured on, by its name; None where an older version wrote it."""
+    max_new_tokens: dict[str, Count] | None = None
+    """The longest answer in tokens, by what was asked about; None where no answer was generated."""
+    notices: Annotated[tuple[str, ...], Field(max_length=_MOST_NOTICES)] = ()
+    """What the scores do not tell by themselves, such as references that were longer than any answer."""
     forgetting: FiniteFloat | None = None
     """How much worse the model became at what it was not trained on; None where that was not measured."""
     parent: str | None = None
@@ -277,13 +284,13 @@ def _scores(draft: RecordDraft) -> str:
     before, after = draft.scores_before or {}, draft.scores_after or {}
     if not after and not before:
         return ""
+    counts = draft.scored_examples or {}
     rows = [
-        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} |"
+        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} | {counts.get(name, '-')} |"
         for name in sorted({*before, *after})
     ]
-    return "\n".join(
-        ["Scores on held-out examples:", "", "| metric | before | after |", "|---|---|---|", *rows]
-    )
+    head = ["Scores on held-out examples:", "", "| metric | before | after | examples |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, *(f"\n{notice}." for notice in draft.notices)])
 
 
 def _score(value: float | None) -> str:
