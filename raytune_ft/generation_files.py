@@ -92,7 +92,8 @@ def write_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", *, is_mo
     Raises:
         OSError: the disk failed.
     """
-    if not is_model and "auto_map" in tokenizer.init_kwargs:
+    has_code = tokenizer._auto_class is not None or "auto_map" in tokenizer.init_kwargs
+    if has_code and not is_model:
         return
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     # Each call of a tokenizer sets these, and the last call would be written.

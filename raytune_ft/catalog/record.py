@@ -241,12 +241,15 @@ def _field(content: bytes, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def model_card(draft: RecordDraft, auto_class: str = "AutoModelForCausalLM") -> str:
+def model_card(
+    draft: RecordDraft, auto_class: str = "AutoModelForCausalLM", *, says_how_to_generate: bool = False
+) -> str:
     """README.md of a version: what it is, from what, how good, and how to load it.
 
     Args:
         draft: what is known of it.
         auto_class: the class of transformers that loads it, or its base.
+        says_how_to_generate: beside an adapter stand a tokenizer and a generation_config.json.
     """
     header = {
         "base_model": draft.base.path,
@@ -275,7 +278,7 @@ def model_card(draft: RecordDraft, auto_class: str = "AutoModelForCausalLM") -> 
         f"# {draft.adapter}",
         table,
         _scores(draft),
-        _loading(draft, auto_class),
+        _loading(draft, auto_class, says_how_to_generate),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -297,7 +300,7 @@ def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _loading(draft: RecordDraft, auto_class: str) -> str:
+def _loading(draft: RecordDraft, auto_class: str, says_how_to_generate: bool) -> str:
     base, folder = json.dumps(draft.base.path), json.dumps(f"./{draft.adapter}")
     lines = [f"from transformers import {auto_class}", ""]
     labels = (draft.job.get("model") or {}).get("labels") or []
@@ -306,6 +309,12 @@ def _loading(draft: RecordDraft, auto_class: str) -> str:
         lines.insert(0, "from peft import PeftModel")
         lines += [f"base = {auto_class}.from_pretrained({base}{classes})"]
         lines += [f"model = PeftModel.from_pretrained(base, {folder})"]
+        if says_how_to_generate:
+            lines[1] += ", AutoTokenizer, GenerationConfig"
+            lines += [
+                f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+                f"model.generation_config = GenerationConfig.from_pretrained({folder})",
+            ]
     else:
         lines += [f"model = {auto_class}.from_pretrained({folder})"]
     return "\n".join(["```python", *lines, "```"])

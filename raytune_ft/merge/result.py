@@ -98,7 +98,8 @@ def draft_of(
 
 def write_card_and_job(draft: RecordDraft, folder: Path, auto_class: str = "AutoModelForCausalLM") -> None:
     """README.md and job.json, as beside everything that is published."""
-    (folder / _CARD).write_text(model_card(draft, auto_class))
+    generates = all((folder / name).is_file() for name in (_TOKENIZER, GENERATION_CONFIG))
+    (folder / _CARD).write_text(model_card(draft, auto_class, says_how_to_generate=generates))
     (folder / _JOB).write_text(json.dumps(draft.job, indent=2) + "\n")
 
 

@@ -449,6 +449,14 @@ def test_the_card_says_on_what_the_scores_were_measured() -> None:
     assert "\n\n3 of 40 references are cut.\n" in card
 
 
+def test_the_card_tells_how_to_end_answers_where_the_files_say_it() -> None:
+    line = 'model.generation_config = GenerationConfig.from_pretrained("./capital")'
+    assert line in model_card(draft(), says_how_to_generate=True)
+    assert line not in model_card(draft())
+    # Whoever loads a model reads it there without being told.
+    assert line not in model_card(draft(kind="model"), says_how_to_generate=True)
+
+
 def test_nothing_breaks_out_of_the_card() -> None:
     path = 'x"\n---\n`|\x1b[2J'
     card = model_card(draft(base=BaseModelRef(path=path, digest="d")))

@@ -114,7 +114,10 @@ class TestElsewhere:
             lambda: peft.AutoPeftModelForCausalLM.from_pretrained(pulled),
         ]
         for load in loaders:
-            said = answer(load(), tokenizer, generation_config=settings)
+            model = load()
+            assert answer(model, tokenizer, generation_config=settings)[-1] == END
+            model.generation_config = settings
+            said = answer(model, tokenizer)
             assert said[-1] == END
             assert tokenizer.decode(said, skip_special_tokens=True) == "fox"
 
