@@ -1,7 +1,8 @@
 """Where answers end, and the files by which a published folder tells that to whoever loads it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,24 @@ def stop_token_ids(
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in [*listed, *end_ids, tokenizer.eos_token_id] if token is not None})
+
+
+@contextmanager
+def saved_without_settings(model: "PreTrainedModel") -> Iterator[None]:
+    """Let `save_pretrained` write a model, but not how it generates: see `write_generation_config`.
+
+    transformers reads settings that contradict each other, such as a temperature without sampling, and
+    refuses to write them: a base that has them would fail after its training.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    if own is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def write_generation_config(

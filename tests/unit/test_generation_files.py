@@ -104,6 +104,16 @@ class TestElsewhere:
         kept = {"pad_token_id": 2, "temperature": 0.7, "do_sample": True, "repetition_penalty": 1.5}
         assert settings.items() >= {**kept, "eos_token_id": [1, END]}.items()
 
+    def test_a_model_whose_settings_contradict_each_other_is_published(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        path = base / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False}))
+        full = {"method": {"kind": "full"}, "optimizer": {"learning_rate": 1.0e-9}}
+        pulled = trained(job_of(base, tmp_path, RECORDS, **full))
+        settings = json.loads((pulled / "generation_config.json").read_text())
+        assert settings.items() >= {"do_sample": False, "temperature": 0.7, "eos_token_id": [1, END]}.items()
+
     def test_an_adapter_brings_along_what_ends_its_answers(self, base: Path, tmp_path: Path) -> None:
         pulled = trained(job_of(base, tmp_path, RECORDS))
         tokenizer = AutoTokenizer.from_pretrained(pulled)
