@@ -72,7 +72,7 @@ def ask(
         end_ids: tokens that the learned answers end with.
     """
     questions = examples.questions(spec.max_examples) if spec.metrics else []
-    if task_of(model) == "classification":
+    if not questions or task_of(model) == "classification":
         return Asked(questions, 0, 0)
     ends = frozenset(stop_token_ids(model, tokenizer, end_ids))
     taught = [
@@ -80,7 +80,7 @@ def ask(
         for q in questions
     ]
     lengths = [answer_tokens(question.answer_ids, ends) for question in questions]
-    longest = min(max(lengths, default=0), LONGEST_ANSWER_TOKENS)
+    longest = min(max(lengths), LONGEST_ANSWER_TOKENS)
     limit = longest if spec.max_new_tokens == "auto" else spec.max_new_tokens
     return Asked(taught, limit, sum(length > limit for length in lengths))
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from raytune_ft.catalog import Catalog
+from raytune_ft.catalog import Catalog, copy_version, verify
 from raytune_ft.generation_files import add_ends, write_generation_config, write_tokenizer
 from raytune_ft.merge import Combination, combine_adapters, merge_into_folder
 from raytune_ft.spec import JobSpec
@@ -159,6 +159,15 @@ class TestBytes:
         assert shared >= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
         stored = [path.name for path in (tmp_path / "catalog" / "blobs").rglob("*") if path.is_file()]
         assert len(stored) == len(set(one.values()) | set(other.values()))
+
+    def test_verify_and_copies_take_it_for_what_it_is(self, base: Path, tmp_path: Path) -> None:
+        pulled = trained(job_of(base, tmp_path, RECORDS))
+        catalog, elsewhere = (Catalog.at(str(tmp_path / name)) for name in ("catalog", "elsewhere"))
+        assert verify(catalog).problems == ()
+        copy_version(catalog, elsewhere, "answers")
+        elsewhere.pull("answers", tmp_path / "copied")
+        copied = {file.name: file.read_bytes() for file in (tmp_path / "copied").iterdir()}
+        assert copied == {file.name: file.read_bytes() for file in pulled.iterdir()}
 
     def test_what_a_tokenizer_did_before_changes_nothing(self, tmp_path: Path) -> None:
         def written(tokenizer: PreTrainedTokenizerFast, name: str) -> dict[str, bytes]:
