@@ -210,7 +210,7 @@ def _adapter_row(history: History, catalog: str, links: _Links, charted: bool) -
 def _version_row(record: AdapterRecord, aliases: Mapping[str, int], metrics: Sequence[str]) -> VersionRow:
     scores = record.scores_after or {}
     after = {name: scores[name] for name in metrics if name in scores}
-    rows = score_rows(record.scores_before or {}, after)
+    rows = score_rows(record.scores_before or {}, after, record.scored_examples or {})
     size_bytes = sum(entry.size_bytes for entry in record.files)
     return VersionRow(
         reference=record.reference,
@@ -237,6 +237,7 @@ def _facts(record: AdapterRecord) -> tuple[tuple[str, str], ...]:
         "training": f"{record.steps:,} steps, {record.tokens:,} tokens, seed {record.seed}",
         "loss": "–" if record.loss is None else f"{record.loss:.4f}",
         "forgetting": "" if record.forgetting is None else f"{record.forgetting:.4g}",
+        "notices": "; ".join(record.notices),
         "files": ", ".join(f"{entry.name} ({size_text(entry.size_bytes)})" for entry in record.files),
     }
     return tuple((name, value) for name, value in facts.items() if value)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -70,6 +71,8 @@ class ScoreRow:
     better: bool | None
     bar_before: float | None
     bar_after: float | None
+    examples: str = ""
+    """How many it was measured on; '' where that is not known."""
 
 
 def write_report(report: RunReport, path: Path) -> None:
@@ -89,7 +92,9 @@ def write_report(report: RunReport, path: Path) -> None:
             small_charts=_small_charts(report.history),
             sources=source_rows(report),
             source_charts=_source_charts(report),
-            scores=score_rows(report.scores_before or {}, report.scores_after or {}),
+            scores=score_rows(
+                report.scores_before or {}, report.scores_after or {}, examples_of(report.result)
+            ),
             samples=[_judged(sample) for sample in report.samples],
             job=yaml.safe_dump(report.job, sort_keys=False, allow_unicode=True),
             outcomes=outcome_texts(report.result),
@@ -147,12 +152,14 @@ def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Forgetting and gate of a result in words, by their titles; those that it has.
+    """Notices, forgetting and gate of a result in words, by their titles; those that it has.
 
     >>> outcome_texts({"forgetting": 0.0213})
     {'Forgetting': '+0.0213 in the token loss of other tasks'}
     """
     texts = {}
+    if result.get("notices"):
+        texts["Notice"] = ". ".join(result["notices"])
     if result.get("forgetting") is not None:
         texts["Forgetting"] = f"{result['forgetting']:+.4f} in the token loss of other tasks"
     gate = result.get("gate")
@@ -167,6 +174,11 @@ def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
         else:
             texts["Gate"] = f"passed; {gate['alias']} means v{old}"
     return texts
+
+
+def examples_of(result: Mapping[str, Any]) -> Mapping[str, int]:
+    """How many examples each score of a result was measured on; older versions did not count them."""
+    return result.get("scored_examples") or {}
 
 
 def duration_text(seconds: float) -> str:
@@ -191,7 +203,9 @@ def headline(report: RunReport) -> list[tuple[str, str, str]]:
     for name in [name for name in after if not name.startswith(OTHER_TASKS)][:1]:
         scale = scale_of(name)
         was = f"before: {scale.text(before[name])}" if name in before else ""
-        figures.append((scale.text(after[name]), f"{scale.label} on unseen examples", was))
+        examples = examples_of(result).get(name)
+        unseen = "unseen examples" if examples is None else f"{examples:,} unseen examples"
+        figures.append((scale.text(after[name]), f"{scale.label} on {unseen}", was))
     if result.get("loss") is not None:
         first = f"began at {report.history[0]['loss']:.3f}" if report.history else ""
         figures.append((f"{result['loss']:.3f}", "training loss", first))
@@ -223,9 +237,16 @@ def source_rows(report: RunReport) -> list[SourceRow]:
     ]
 
 
-def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[ScoreRow]:
-    """Scores before and after, side by side, in the order of `after`."""
-    return [_score_row(scale_for(name), before.get(name), value) for name, value in after.items()]
+def score_rows(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    examples: Mapping[str, int] = MappingProxyType({}),
+) -> list[ScoreRow]:
+    """Scores before and after, side by side, in the order of `after`, and what they were measured on."""
+    return [
+        _score_row(scale_for(name), before.get(name), value, examples.get(name))
+        for name, value in after.items()
+    ]
 
 
 def scale_for(name: str) -> Scale:
@@ -238,7 +259,7 @@ def scale_for(name: str) -> Scale:
     return replace(scale, label=f"Other tasks: {scale.label}") if name.startswith(OTHER_TASKS) else scale
 
 
-def _score_row(scale: Scale, before: float | None, after: float) -> ScoreRow:
+def _score_row(scale: Scale, before: float | None, after: float, examples: int | None) -> ScoreRow:
     change, better = "", None
     if before is not None and math.isfinite(after - before):
         sign = "+" if after > before else "−" if after < before else ""
@@ -252,6 +273,7 @@ def _score_row(scale: Scale, before: float | None, after: float) -> ScoreRow:
         better=better,
         bar_before=None if scale.best is None or before is None else 100 * before / scale.best,
         bar_after=None if scale.best is None else 100 * after / scale.best,
+        examples="" if examples is None else f"{examples:,}",
     )
 
 

@@ -37,6 +37,7 @@ def result_of(name: str, **changes: Any) -> dict[str, Any]:
         "loss": 0.125,
         "scores_before": {"exact_match": 0.02, "token_loss": 6.0},
         "scores_after": {"exact_match": 0.94, "token_loss": 0.08},
+        "scored_examples": {"exact_match": 50, "token_loss": 50},
         "tokens_per_second": 812.3,
         "peak_memory_bytes": 2**30,
         "seconds": 12.5,

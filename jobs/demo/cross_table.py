@@ -80,6 +80,7 @@ def _scores(
     from raytune_ft.evaluate.generate import answer
     from raytune_ft.evaluate.scores import score
 
+    longest = job.evaluate.max_new_tokens
     found = {}
     for task, asked in questions.items():
         answers = answer(
@@ -87,7 +88,7 @@ def _scores(
             tokenizer,
             [question.prompt_ids for question in asked],
             end_ids=[],
-            max_new_tokens=job.evaluate.max_new_tokens,
+            max_new_tokens=max(len(each.answer_ids) for each in asked) if longest == "auto" else longest,
             batch_sequences=job.evaluate.batch_sequences,
         )
         found[task] = score(["exact_match"], answers, [question.references for question in asked])[

@@ -47,6 +47,8 @@ def _compared(record: AdapterRecord) -> dict[str, Any]:
         "loss": record.loss,
         "scores_before": record.scores_before or {},
         "scores_after": record.scores_after or {},
+        "scored_examples": record.scored_examples or {},
+        "max_new_tokens": record.max_new_tokens or {},
         "forgetting": record.forgetting,
         "code_version": record.code_version,
         "library_versions": record.library_versions,

@@ -29,6 +29,7 @@ FILE_SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".model", ".jinja")
 """None of these runs code when it is loaded; pickles (.bin, .pt, .pkl) do."""
 PUBLISH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PART_CHARACTERS = 60
+_MOST_NOTICES = 100
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _REFERENCE = re.compile(f"{NAME.pattern}@{VERSION.pattern}")
@@ -141,6 +142,12 @@ class RecordDraft(Entry):
     scores_before: dict[str, FiniteFloat] | None
     """On the test split, with the bare base."""
     scores_after: dict[str, FiniteFloat] | None
+    scored_examples: dict[str, Count] | None = None
+    """How many examples each score was measured on, by its name; None where an older version wrote it."""
+    max_new_tokens: dict[str, Count] | None = None
+    """The longest answer in tokens, by what was asked about; None where no answer was generated."""
+    notices: Annotated[tuple[str, ...], Field(max_length=_MOST_NOTICES)] = ()
+    """What the scores do not tell by themselves, such as references that were longer than any answer."""
     forgetting: FiniteFloat | None = None
     """How much worse the model became at what it was not trained on; None where that was not measured."""
     parent: str | None = None
@@ -234,12 +241,15 @@ def _field(content: bytes, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def model_card(draft: RecordDraft, auto_class: str = "AutoModelForCausalLM") -> str:
+def model_card(
+    draft: RecordDraft, auto_class: str = "AutoModelForCausalLM", *, says_how_to_generate: bool = False
+) -> str:
     """README.md of a version: what it is, from what, how good, and how to load it.
 
     Args:
         draft: what is known of it.
         auto_class: the class of transformers that loads it, or its base.
+        says_how_to_generate: beside an adapter stand a tokenizer and a generation_config.json.
     """
     header = {
         "base_model": draft.base.path,
@@ -268,7 +278,7 @@ def model_card(draft: RecordDraft, auto_class: str = "AutoModelForCausalLM") -> 
         f"# {draft.adapter}",
         table,
         _scores(draft),
-        _loading(draft, auto_class),
+        _loading(draft, auto_class, says_how_to_generate),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -277,20 +287,20 @@ def _scores(draft: RecordDraft) -> str:
     before, after = draft.scores_before or {}, draft.scores_after or {}
     if not after and not before:
         return ""
+    counts = draft.scored_examples or {}
     rows = [
-        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} |"
+        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} | {counts.get(name, '-')} |"
         for name in sorted({*before, *after})
     ]
-    return "\n".join(
-        ["Scores on held-out examples:", "", "| metric | before | after |", "|---|---|---|", *rows]
-    )
+    head = ["Scores on held-out examples:", "", "| metric | before | after | examples |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, *(f"\n{notice}." for notice in draft.notices)])
 
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _loading(draft: RecordDraft, auto_class: str) -> str:
+def _loading(draft: RecordDraft, auto_class: str, says_how_to_generate: bool) -> str:
     base, folder = json.dumps(draft.base.path), json.dumps(f"./{draft.adapter}")
     lines = [f"from transformers import {auto_class}", ""]
     labels = (draft.job.get("model") or {}).get("labels") or []
@@ -299,6 +309,12 @@ def _loading(draft: RecordDraft, auto_class: str) -> str:
         lines.insert(0, "from peft import PeftModel")
         lines += [f"base = {auto_class}.from_pretrained({base}{classes})"]
         lines += [f"model = PeftModel.from_pretrained(base, {folder})"]
+        if says_how_to_generate:
+            lines[1] += ", AutoTokenizer, GenerationConfig"
+            lines += [
+                f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+                f"model.generation_config = GenerationConfig.from_pretrained({folder})",
+            ]
     else:
         lines += [f"model = {auto_class}.from_pretrained({folder})"]
     return "\n".join(["```python", *lines, "```"])

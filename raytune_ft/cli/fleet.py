@@ -17,7 +17,7 @@ from raytune_ft.errors import GateRefused, TrainingError
 from raytune_ft.fleet.events import FleetEvent, FleetResult, JobOutcome, LaneLost, Notice, Progress
 from raytune_ft.fleet.report import write_fleet_report
 from raytune_ft.fleet.view import FleetView, after, line_of, main_scores, one_line, render
-from raytune_ft.report import duration_text, outcome_texts, scale_for
+from raytune_ft.report import duration_text, examples_of, outcome_texts, scale_for
 from raytune_ft.spec import FleetSpec
 from raytune_ft.storage import disk_errors
 
@@ -181,6 +181,12 @@ def print_fleet_result(console: Console, result: FleetResult, report: Path) -> N
                 soft_wrap=True,
                 highlight=False,
             )
+        for notice in (job.result or {}).get("notices", ()):
+            console.print(
+                f"[yellow]notice[/] {escape(job.name)}: {escape(one_line(notice))}",
+                soft_wrap=True,
+                highlight=False,
+            )
         refused = _refusal(job)
         if refused:
             console.print(
@@ -202,16 +208,19 @@ def _counted(result: FleetResult) -> str:
 
 def _scores_table(jobs: list[JobOutcome]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("job", "score", "before", "after", "version"):
-        table.add_column(name, justify="right" if name in ("before", "after") else "left", overflow="fold")
+    for name in ("job", "score", "before", "after", "examples", "version"):
+        numbers = ("before", "after", "examples")
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
     for job in jobs:
         result = job.result or {}
         before, scores = result.get("scores_before") or {}, result.get("scores_after") or {}
-        cells = ["", "–", "–"]
+        cells = ["", "–", "–", "–"]
         for name in main_scores(scores)[:1]:
             scale = scale_for(name)
             was = scale.text(before[name]) if name in before else "–"
-            cells = [scale.label, was, f"[bold]{scale.text(scores[name])}[/]"]
+            examples = examples_of(result).get(name)
+            of = "–" if examples is None else f"{examples:,}"
+            cells = [scale.label, was, f"[bold]{scale.text(scores[name])}[/]", of]
         table.add_row(escape(job.name), *cells, f"{result['adapter']}@v{result['version']}")
     return table
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
-from raytune_ft.report import duration_text, outcome_texts, scale_for, usage_commands
+from raytune_ft.report import duration_text, examples_of, outcome_texts, scale_for, usage_commands
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -149,12 +149,16 @@ def print_result(console: Console, result: Mapping[str, Any]) -> None:
     """
     before, after = result.get("scores_before") or {}, result.get("scores_after") or {}
     if after:
-        table = Table("", "before", "after", title=None, box=None, pad_edge=False, header_style="dim")
-        table.columns[1].justify = table.columns[2].justify = "right"
+        examples = examples_of(result)
+        headers = ("", "before", "after", *(("examples",) if examples else ()))
+        table = Table(*headers, title=None, box=None, pad_edge=False, header_style="dim")
+        for column in table.columns[1:]:
+            column.justify = "right"
         for name, value in after.items():
             scale = scale_for(name)
             was = scale.text(before[name]) if name in before else "–"
-            table.add_row(scale.label, was, f"[bold]{scale.text(value)}[/]")
+            of = f"{examples[name]:,}" if name in examples else "–"
+            table.add_row(scale.label, was, f"[bold]{scale.text(value)}[/]", *((of,) if examples else ()))
         console.print()
         console.print(table)
     console.print()

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from raytune_ft.evaluate.references import answer_text
+from raytune_ft.generation_files import stop_token_ids
 from raytune_ft.models import decoder_start_id, question_ids, task_of, unknown_token
 from raytune_ft.quantise import is_divided, whole_shape
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def stop_token_ids(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]
-) -> list[int]:
-    """EOS, the ends of turn that were learned, and those that the model's own generation config names."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in [*listed, *end_ids, tokenizer.eos_token_id] if token is not None})
 
 
 @torch.no_grad()
@@ -34,7 +27,7 @@ def answer(
     max_new_tokens: int,
     batch_sequences: int,
 ) -> list[str]:
-    """The model's greedy answer to each prompt of token ids, without special tokens, stripped.
+    """The model's greedy answer to each prompt of token ids, as `answer_text` reads it.
 
     Each answer ends at EOS, or at one of `end_ids`. Prompts are answered in batches of similar length; those
     of a causal model are padded on the left. A classifier answers with the likeliest class.
@@ -55,7 +48,7 @@ def answer(
 
     def keep(chosen: Sequence[int], texts: Sequence[str]) -> None:
         for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text.strip()
+            answers[index] = text
 
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     if task == "classification":
@@ -63,7 +56,8 @@ def answer(
             chosen: Sequence[int] = order[start : start + batch_sequences]
             keep(chosen, _classes(model, _padded(model, tokenizer, [rows[index] for index in chosen])))
         return answers
-    settings = _greedy(model, tokenizer, end_ids)
+    ends = stop_token_ids(model, tokenizer, end_ids)
+    settings = _greedy(model, tokenizer, ends)
     room = _room(model, rows, max_new_tokens)
     for chosen, new_tokens in _batches(order, room, batch_sequences):
         settings.max_new_tokens = new_tokens
@@ -75,7 +69,7 @@ def answer(
             )
         # A decoder's answer follows its own first token.
         given = inputs["input_ids"].shape[1] if task == "causal" else 1
-        keep(chosen, tokenizer.batch_decode(out_BT[:, given:], skip_special_tokens=True))
+        keep(chosen, [answer_text(tokenizer, ids, ends) for ids in out_BT[:, given:].tolist()])
     return answers
 
 
@@ -84,13 +78,13 @@ def _has_peers() -> bool:
 
 
 def _greedy(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ends: list[int]
 ) -> "GenerationConfig":
     from transformers import GenerationConfig
 
     return GenerationConfig(
         do_sample=False,
-        eos_token_id=stop_token_ids(model, tokenizer, end_ids),
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=decoder_start_id(model) if task_of(model) == "seq2seq" else None,
     )

@@ -155,8 +155,9 @@ class JobDone:
     """None where it was done before."""
     result: dict[str, Any]
     """As that of a job by itself: adapter, version, uri, steps, loss, scores_before, scores_after (None where
-    they were not measured), tokens_per_second, peak_memory_bytes (of the lane), seconds; `forgetting` and
-    `gate` where the job has them. See `raytune_ft.train.launch.train`."""
+    they were not measured), tokens_per_second, peak_memory_bytes (of the lane), seconds; `scored_examples`,
+    `max_new_tokens`, `notices`, `forgetting` and `gate` where the job has them. See
+    `raytune_ft.train.launch.train`."""
     losses: tuple[tuple[int, float], ...] = ()
     """(step, loss) over the whole job, a few hundred at most; none where it was done before."""
     before: bool = False

@@ -14,6 +14,7 @@ from raytune_ft.fleet.view import main_scores
 from raytune_ft.report import (
     ScoreRow,
     duration_text,
+    examples_of,
     outcome_texts,
     page_templates,
     scale_for,
@@ -50,7 +51,7 @@ class JobRow:
     steps: str
     seconds: str
     note: str
-    """Why it failed; or what its gate said, what it forgot, and what its data lost."""
+    """Why it failed; or what its gate said, what its data lost, and what its scores do not tell."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,22 @@ def _job_row(job: JobOutcome, base: str, losses: Losses, metrics: Sequence[str])
         uri=str(result.get("uri", "")),
         loss="–" if result.get("loss") is None else f"{result['loss']:.4f}",
         curve=drawn[0].lines if drawn else (),
-        scores=dict(zip(after, score_rows(result.get("scores_before") or {}, after), strict=True)),
+        scores=dict(
+            zip(
+                after,
+                score_rows(result.get("scores_before") or {}, after, examples_of(result)),
+                strict=True,
+            )
+        ),
         steps=f"{result['steps']:,}" if result else "–",
         seconds=duration_text(result["seconds"]) if result else "–",
-        note=job.reason or "; ".join([*outcome_texts(result).values(), *result.get("notices", ())]),
+        note=job.reason or _note(result),
     )
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    texts = outcome_texts(result)
+    return ". ".join(texts[title] for title in ("Notice", "Gate") if title in texts)
 
 
 def _version_text(job: str, result: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from raytune_ft.fleet.events import (
     PlannedJob,
     Progress,
 )
-from raytune_ft.report import duration_text, scale_for
+from raytune_ft.report import duration_text, examples_of, scale_for
 from raytune_ft.spec.scores import OTHER_TASKS
 
 State = Literal["queued", "running", "done", "failed"]
@@ -325,15 +325,17 @@ def done_text(result: Mapping[str, Any]) -> str:
     """What a finished job has become, in one line.
 
     >>> done_text({"adapter": "sum", "version": 2, "scores_before": {"exact_match": 0.02},
-    ...            "scores_after": {"exact_match": 0.94}})
-    'done, exact match 2.0 % → 94.0 %, sum@v2'
+    ...            "scores_after": {"exact_match": 0.94}, "scored_examples": {"exact_match": 50}})
+    'done, exact match 2.0 % → 94.0 % of 50, sum@v2'
     """
     parts = ["done"]
     before, scores = result.get("scores_before") or {}, result.get("scores_after") or {}
     for name in main_scores(scores)[:1]:
         scale = scale_for(name)
         was = f"{scale.text(before[name])} → " if name in before else ""
-        parts.append(f"{scale.label.lower()} {was}{scale.text(scores[name])}")
+        examples = examples_of(result).get(name)
+        of = "" if examples is None else f" of {examples:,}"
+        parts.append(f"{scale.label.lower()} {was}{scale.text(scores[name])}{of}")
     gate = result.get("gate")
     refused = "" if gate is None or gate["passed"] else f", but the gate of {gate['alias']} refused"
     return ", ".join([*parts, f"{result['adapter']}@v{result['version']}{refused}"])

@@ -12,7 +12,9 @@ from raytune_ft.merge.combination import Combination, combine, combined_rank
 from raytune_ft.merge.lora_files import LoraAdapter, Pair, check_is_lora, read_adapter
 from raytune_ft.merge.result import (
     check_names,
+    copy_beside_weights,
     draft_of,
+    end_ids_of,
     job_of,
     publish_id_for,
     publish_written,
@@ -64,6 +66,7 @@ def combine_adapters(
     def write(folder: Path) -> None:
         with saving(folder):
             _save(pairs, method, adapters[0], folder)
+            copy_beside_weights(catalog, records, folder)
             write_card_and_job(draft, folder)
 
     publish_id = publish_id_for(name, how.settings(), records)
@@ -116,12 +119,9 @@ def _check_one_layout(adapters: Sequence[LoraAdapter]) -> None:
 
 def _data(records: Sequence[AdapterRecord]) -> dict[str, object]:
     """What `generate` reads, and where the data of each is described."""
-    # A record's data is not checked when it is read.
-    listed = [ids for record in records if isinstance(ids := record.data.get("end_ids"), list)]
-    end_ids = {token for ids in listed for token in ids if type(token) is int}
     return {
         "templates": records[0].data.get("templates", []),
-        "end_ids": sorted(end_ids),
+        "end_ids": end_ids_of(records),
         "fingerprints": {record.reference: record.data.get("fingerprint") for record in records},
     }
 

@@ -11,10 +11,12 @@ import torch
 from raytune_ft.catalog import AdapterRecord, Catalog, CatalogView, RecordDraft, Trust
 from raytune_ft.catalog.folders import new_folder
 from raytune_ft.errors import ModelError
+from raytune_ft.generation_files import saved_without_settings, write_generation_config, write_tokenizer
 from raytune_ft.merge.lora_files import LoraAdapter, read_adapter
 from raytune_ft.merge.result import (
     check_names,
     draft_of,
+    end_ids_of,
     job_of,
     publish_id_for,
     publish_written,
@@ -175,8 +177,10 @@ def _write(merge: _Merge, folder: Path) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     try:
         with saving(folder):
-            model.save_pretrained(folder, max_shard_size=_MAX_SHARD)
-            tokenizer.save_pretrained(folder)
+            with saved_without_settings(model):
+                model.save_pretrained(folder, max_shard_size=_MAX_SHARD)
+            write_tokenizer(folder, tokenizer, is_model=True)
+            write_generation_config(folder, model, tokenizer, end_ids_of([merge.adapter.record]))
             write_card_and_job(merge.draft, folder)
     except (ValueError, TypeError) as error:
         # Of a base whose own settings contradict each other, which transformers reads and does not write.

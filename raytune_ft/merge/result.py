@@ -3,20 +3,34 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from raytune_ft import __version__
-from raytune_ft.catalog import AdapterRecord, Catalog, RecordDraft, check_alias, model_card
-from raytune_ft.catalog.record import publishable_files
+from raytune_ft.catalog import (
+    AdapterRecord,
+    Catalog,
+    CatalogView,
+    RecordDraft,
+    check_alias,
+    model_card,
+)
+from raytune_ft.catalog.record import MAX_RECORD_BYTES, FileEntry, publishable_files
 from raytune_ft.catalog.removal import is_swept
 from raytune_ft.errors import CatalogError
+from raytune_ft.generation_files import GENERATION_CONFIG, add_ends
+from raytune_ft.methods.lora import CONFIG_FILE
 from raytune_ft.provenance import library_versions, machine
 from raytune_ft.spec import JobSpec
 from raytune_ft.spec.values import NAME
+
+_TOKENIZER = "tokenizer_config.json"
+_CARD, _JOB = "README.md", "job.json"
+_NOT_OF_THE_TOKENIZER = frozenset({CONFIG_FILE, GENERATION_CONFIG, _CARD, _JOB})
+"""What stands beside the weights of an adapter and is none of the tokenizer's files."""
 
 
 def check_names(name: str, alias: str | None) -> None:
@@ -84,8 +98,47 @@ def draft_of(
 
 def write_card_and_job(draft: RecordDraft, folder: Path, auto_class: str = "AutoModelForCausalLM") -> None:
     """README.md and job.json, as beside everything that is published."""
-    (folder / "README.md").write_text(model_card(draft, auto_class))
-    (folder / "job.json").write_text(json.dumps(draft.job, indent=2) + "\n")
+    generates = all((folder / name).is_file() for name in (_TOKENIZER, GENERATION_CONFIG))
+    (folder / _CARD).write_text(model_card(draft, auto_class, says_how_to_generate=generates))
+    (folder / _JOB).write_text(json.dumps(draft.job, indent=2) + "\n")
+
+
+def end_ids_of(records: Iterable[AdapterRecord]) -> list[int]:
+    """The tokens that the answers of any of some versions were taught to end with."""
+    # A record's data is not checked when it is read.
+    listed = [ids for record in records if isinstance(ids := record.data.get("end_ids"), list)]
+    return sorted({token for ids in listed for token in ids if type(token) is int})
+
+
+def copy_beside_weights(catalog: CatalogView, records: Sequence[AdapterRecord], folder: Path) -> None:
+    """Copy the tokenizer and how to generate from adapters of one base to what they are merged into.
+
+    The tokenizer is that of the first that has one, and so is how to generate, but for the ends: an answer
+    may end where that of any of them does. Adapters of older versions have neither.
+
+    Raises:
+        CatalogError: a file is gone, was altered, or says nothing of generation.
+        StorageError: the store or the disk failed.
+    """
+    first = next((record for record in records if _TOKENIZER in _names(record)), None)
+    if first is not None:
+        for entry in first.files:
+            if entry.name not in _NOT_OF_THE_TOKENIZER and not entry.name.endswith(".safetensors"):
+                catalog.fetch(first, entry, folder / entry.name)
+    first = next((record for record in records if GENERATION_CONFIG in _names(record)), None)
+    if first is not None:
+        entry, path = _names(first)[GENERATION_CONFIG], folder / GENERATION_CONFIG
+        if entry.size_bytes <= MAX_RECORD_BYTES:
+            catalog.fetch(first, entry, path)
+        if not path.is_file() or not add_ends(path, end_ids_of(records)):
+            raise CatalogError(
+                f"{first.reference}: its {GENERATION_CONFIG} does not say how to generate; "
+                "the file was altered or damaged; publish the adapter again"
+            )
+
+
+def _names(record: AdapterRecord) -> dict[str, FileEntry]:
+    return {entry.name: entry for entry in record.files}
 
 
 def publish_id_for(name: str, how: Mapping[str, Any], records: Iterable[AdapterRecord]) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from raytune_ft.generation_files import saved_without_settings
 from raytune_ft.methods.selective import Unfreezing, selected, unfreezing
 from raytune_ft.spec import FullSpec
 
@@ -55,5 +56,6 @@ def unfreezing_full(model: nn.Module, spec: FullSpec) -> Unfreezing | None:
 
 
 def save_full(model: nn.Module, spec: FullSpec, folder: Path, base_path: str, slot: int = 0) -> None:  # noqa: ARG001
-    """Write a Hugging Face model folder, safetensors in shards of at most 5 GB."""
-    model.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]  # a PreTrainedModel
+    """Write a Hugging Face model folder, safetensors in shards of at most 5 GB; not yet how it generates."""
+    with saved_without_settings(model):
+        model.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]  # a PreTrainedModel

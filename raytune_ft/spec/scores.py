@@ -60,7 +60,8 @@ class EvaluateSpec(Section):
     metrics: tuple[Metric, ...] = ("exact_match", "rouge", "bleu")
     """Measured on the test split before and after; empty: no evaluation."""
     max_examples: PositiveInt = 200
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Longest answer. `auto`: as long as the longest held-out answer, at most 512 tokens."""
     batch_sequences: PositiveInt = 32
     """Prompts that are answered at once."""
     forgetting: ForgettingSpec | None = None

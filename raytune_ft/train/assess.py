@@ -2,21 +2,87 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from raytune_ft.errors import Diverged
 from raytune_ft.evaluate.generate import answer
+from raytune_ft.evaluate.references import answer_tokens, taught_references
 from raytune_ft.evaluate.scores import score
+from raytune_ft.generation_files import stop_token_ids
+from raytune_ft.models import task_of
 from raytune_ft.spec import EvaluateSpec
 from raytune_ft.spec.scores import OTHER_TASKS, TOKEN_LOSS
 from raytune_ft.train.batch import Layout, Tokens
 from raytune_ft.train.engine import Engine
-from raytune_ft.train.examples import Examples
+from raytune_ft.train.examples import Examples, Question
 from raytune_ft.train.loop import REMEDY, mean_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LONGEST_ANSWER_TOKENS = 512
+"""The most that `evaluate.max_new_tokens: auto` lets a model generate: a base that never ends takes all."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked, before and after training alike."""
+
+    questions: list[Question]
+    """With what was taught as their references; those of a classifier are labels."""
+    max_new_tokens: int
+    """The longest answer; 0 where nothing is generated."""
+    cut: int
+    """Questions whose reference is longer."""
+
+    def notice(self, spec: EvaluateSpec, of: str) -> str | None:
+        """Say that references are longer than any answer may be; None where none is.
+
+        Args:
+            spec: how the model is asked.
+            of: what the questions are called in messages.
+        """
+        if not self.cut:
+            return None
+        automatic = spec.max_new_tokens == "auto"
+        limit = f"auto (at most {self.max_new_tokens})" if automatic else str(self.max_new_tokens)
+        remedy = "give a higher number" if automatic else "raise it, or set it to auto"
+        return (
+            f"{self.cut} of {len(self.questions)} references of the {of} are longer than "
+            f"evaluate.max_new_tokens = {limit}, so their answers are cut off and never match; {remedy}"
+        )
+
+
+def ask(
+    examples: Examples,
+    spec: EvaluateSpec,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    end_ids: Sequence[int],
+) -> Asked:
+    """Choose the questions and the longest answer. It depends on neither weights nor workers.
+
+    Args:
+        examples: held-out ones.
+        spec: how the model is asked.
+        model: the base, or what it became.
+        tokenizer: the base's.
+        end_ids: tokens that the learned answers end with.
+    """
+    questions = examples.questions(spec.max_examples) if spec.metrics else []
+    if not questions or task_of(model) == "classification":
+        return Asked(questions, 0, 0)
+    ends = frozenset(stop_token_ids(model, tokenizer, end_ids))
+    taught = [
+        replace(q, references=taught_references(q.references, q.answer_ids, tokenizer, ends))
+        for q in questions
+    ]
+    lengths = [answer_tokens(question.answer_ids, ends) for question in questions]
+    longest = min(max(lengths), LONGEST_ANSWER_TOKENS)
+    limit = longest if spec.max_new_tokens == "auto" else spec.max_new_tokens
+    return Asked(taught, limit, sum(length > limit for length in lengths))
 
 
 @dataclass(frozen=True)
@@ -26,6 +92,8 @@ class Assessment:
     scores: dict[str, float]
     """By name; see `raytune_ft.evaluate.scores`. `token_loss`: mean loss per learned token."""
     answers: list[str]
+    examples: dict[str, int]
+    """How many each score was measured on, by its name."""
 
 
 def split_loss(engine: Engine, examples: Sequence[Tokens], layout: Layout, sequences: int) -> float:
@@ -39,6 +107,7 @@ def assess(
     tokenizer: "PreTrainedTokenizerBase",
     engine: Engine,
     examples: Examples,
+    asked: Asked,
     layout: Layout,
     spec: EvaluateSpec,
     end_ids: Sequence[int],
@@ -50,25 +119,27 @@ def assess(
     Raises:
         Diverged: a score is not finite.
     """
-    questions = examples.questions(spec.max_examples) if spec.metrics else []
+    questions = asked.questions
     engine.select()
     answers = answer(
         model,
         tokenizer,
         [question.prompt_ids for question in questions],
         end_ids=end_ids,
-        max_new_tokens=spec.max_new_tokens,
+        max_new_tokens=asked.max_new_tokens,
         batch_sequences=spec.batch_sequences,
     )
     scores = (
         score(spec.metrics, answers, [question.references for question in questions]) if questions else {}
     )
-    loss = split_loss(engine, examples.sample(spec.max_examples), layout, spec.batch_sequences)
-    scores[TOKEN_LOSS] = loss
+    counts = dict.fromkeys(scores, len(questions))
+    measured = examples.sample(spec.max_examples)
+    scores[TOKEN_LOSS] = split_loss(engine, measured, layout, spec.batch_sequences)
+    counts[TOKEN_LOSS] = len(measured)
     for name, value in scores.items():
         if not math.isfinite(value):
             raise Diverged(f"{name} on the {of} is {value}: the last steps blew the weights up; {REMEDY}")
-    return Assessment(scores, answers)
+    return Assessment(scores, answers, counts)
 
 
 def forgetting(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> float | None:

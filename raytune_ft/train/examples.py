@@ -18,6 +18,9 @@ class Question:
 
     prompt_ids: list[int]
     references: list[str]
+    """Texts that are equally right; the first is the one that is taught."""
+    answer_ids: list[int]
+    """The learned answer, with the end that generation stops at."""
 
 
 class Examples:
@@ -47,12 +50,17 @@ class Examples:
         return [self[number] for number in self.spread(limit)]
 
     def questions(self, limit: int) -> list[Question]:
-        """Those of a sample that have a prompt and a reference; prompts end before the last answer."""
+        """Those of a sample that have a prompt and a reference; prompts end before the last answer.
+
+        References are those of the records, which may be less than a template teaches.
+        """
         found: list[Question] = []
         for number in self.spread(limit):
             example = self[number]
             references = self._table["references"][number].as_py()
             start = answer_start(example.learned.tolist())
             if start and references:
-                found.append(Question(example.input_ids[:start].tolist(), references))
+                end = int(np.flatnonzero(example.learned)[-1]) + 1
+                prompt, taught = example.input_ids[:start], example.input_ids[start:end]
+                found.append(Question(prompt.tolist(), references, taught.tolist()))
         return found

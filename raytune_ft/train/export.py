@@ -29,6 +29,8 @@ def export_full(
 ) -> None:
     """Write a Hugging Face model folder: config and safetensors, tied weights once; all ranks call it.
 
+    How the model generates is written by `write_generation_config`.
+
     Weights come in the dtype that the model computes in. ZeRO-3 gathers one layer at a time, so that no rank
     holds more than its partition and that layer, and rank 0, in the host's memory, what goes into one file.
 
@@ -130,8 +132,6 @@ def _write_configs(model: "PreTrainedModel", folder: Path) -> None:
         # Its own Python code, without which it does not load; the config then names it.
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
 
 
 class _ShardFiles:

@@ -81,9 +81,9 @@ def train(
         on_event: hears of every phase and step while the run goes on.
 
     Returns:
-        The result: adapter, version, uri, steps, loss, scores, speed, memory and seconds; `forgetting` where
-        it was measured, and `gate` where the job has one: a gate that refused is no error here, since the
-        version is published.
+        The result: adapter, version, uri, steps, loss, scores, speed, memory and seconds; `scored_examples`,
+        `max_new_tokens` and `notices` tell what the scores rest on. `forgetting` where it was measured, and
+        `gate` where the job has one: a gate that refused is no error here, since the version is published.
 
     Raises:
         BadInput: found before any training.

@@ -1,6 +1,7 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from raytune_ft import __version__
 from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer
 from raytune_ft.catalog.gate import refusals, verdict
 from raytune_ft.catalog.record import publishable_files
+from raytune_ft.generation_files import write_generation_config, write_tokenizer
 from raytune_ft.merge.result import write_card_and_job
 from raytune_ft.methods import METHODS, saving
 from raytune_ft.models import Task
@@ -18,7 +20,7 @@ from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.run import RunState, digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _AUTO_CLASSES: Mapping[Task, str] = {
     "causal": "AutoModelForCausalLM",
@@ -37,36 +39,69 @@ def signer_of(job: JobSpec) -> Signer | None:
     return Signer.from_environment() if job.publish.sign else None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the trained model scored, and what the scores rest on."""
+
+    scores: dict[str, float]
+    examples: dict[str, int]
+    """How many each score was measured on, by its name."""
+    max_new_tokens: dict[str, int]
+    """The longest answer, by what was asked about; nothing where no answer is generated."""
+    notices: tuple[str, ...] = ()
+    """What the scores do not tell by themselves."""
+
+
+def write_beside_weights(
+    job: JobSpec,
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    end_ids: Sequence[int],
+) -> None:
+    """Write the tokenizer and how to generate, so that answers end elsewhere where they ended here.
+
+    Args:
+        job: what was trained.
+        folder: holds the weights.
+        model: what was trained.
+        tokenizer: the base's.
+        end_ids: tokens that the learned answers end with.
+
+    Raises:
+        StorageError: the disk fails or is full.
+    """
+    with saving(folder):
+        write_tokenizer(folder, tokenizer, is_model=METHODS[type(job.method)].artifact == "model")
+        write_generation_config(folder, model, tokenizer, end_ids)
+
+
 def publish(
     job: JobSpec,
     state: RunState,
     position: Position,
     data: dict[str, Any],
-    scores_after: dict[str, float] | None,
+    measured: Measured | None,
     folder: Path,
-    tokenizer: "PreTrainedTokenizerBase",
     task: Task,
     signer: Signer | None,
 ) -> AdapterRecord:
     """Publish the trained model as the next version; a retry of the same attempt finds its own version.
 
-    The weights are in `folder` already; the rest is added there. No alias moves; see `move_alias`.
+    The weights are in `folder` already, and what `write_beside_weights` writes; the rest is added there. No
+    alias moves; see `move_alias`.
 
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
     """
-    method, draft = METHODS[type(job.method)], _draft(job, position, data, scores_after)
+    draft = _draft(job, position, data, measured)
     with saving(folder):
-        if method.artifact == "model":
-            tokenizer.save_pretrained(folder)
         write_card_and_job(draft, folder, _AUTO_CLASSES[task])
     catalog, files = Catalog.at(job.publish.catalog), publishable_files(folder)
     return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
 
 
-def _draft(
-    job: JobSpec, position: Position, data: dict[str, Any], scores_after: dict[str, float] | None
-) -> RecordDraft:
+def _draft(job: JobSpec, position: Position, data: dict[str, Any], measured: Measured | None) -> RecordDraft:
     scores_before = position.before["scores"] if position.before else None
     return RecordDraft(
         adapter=job.adapter_name,
@@ -84,8 +119,11 @@ def _draft(
         library_versions=library_versions(),
         machine=machine(),
         scores_before=scores_before,
-        scores_after=scores_after,
-        forgetting=forgetting(scores_before, scores_after),
+        scores_after=measured.scores if measured else None,
+        scored_examples=measured.examples if measured else None,
+        max_new_tokens=(measured.max_new_tokens or None) if measured else None,
+        notices=measured.notices if measured else (),
+        forgetting=forgetting(scores_before, measured.scores if measured else None),
         parent=None,
     )
 

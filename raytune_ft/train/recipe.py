@@ -1,6 +1,6 @@
 """What is done with a job, whoever trains it: ask the base, train, ask again, publish."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from raytune_ft.data.survey import content_of
 from raytune_ft.models import Task, task_of
 from raytune_ft.spec import EvaluateSpec, JobSpec
 from raytune_ft.spec.scores import OTHER_TASKS
-from raytune_ft.train.assess import Assessment, assess, split_loss
+from raytune_ft.train.assess import Asked, Assessment, ask, assess, split_loss
 from raytune_ft.train.assignment import Assignment, TrainingData
 from raytune_ft.train.batch import Layout, Step
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.examples import Examples
 from raytune_ft.train.feed import open_feed
 from raytune_ft.train.peers import Peers
-from raytune_ft.train.publish import move_alias, publish
+from raytune_ft.train.publish import Measured, move_alias, publish, write_beside_weights
 from raytune_ft.train.schedule import learning_rate
 from raytune_ft.train.steps import Steps, ahead
 from raytune_ft.train.workbench import Workbench
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 _SAMPLES = 24
 _TOLD_BAD_RECORDS = 1000
-_NOT_ASSESSED: dict[str, Any] = {"scores": None, "answers": []}
+_NOT_ASSESSED: dict[str, Any] = {"scores": None, "answers": [], "examples": {}}
+_TEST, _OTHERS = "test split", "other tasks"
+"""What is asked about, in messages and in the record."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Trained:
 
     position: Position
     after: Assessment | None
+    asked: Mapping[str, Asked]
+    """What was asked before and after, by what it is about."""
+    notices: tuple[str, ...]
+    """What the scores do not tell by themselves."""
     folder: Path
     """Holds the weights, and is written to by publishing."""
     tokenizer: "PreTrainedTokenizerBase"
@@ -88,17 +94,25 @@ class Recipe:
             ModelError: the checkpoint is of another model or method.
         """
         position = bench.position
-        how = {**self.job.evaluate.model_dump(mode="json"), "other_tasks": self._other_tasks}
+        asked = self._asked(bench)
+        for notice in self._notices(asked) if self._peers.rank == 0 else ():
+            self._tell_phase(notice)
+        how = {
+            **self.job.evaluate.model_dump(mode="json"),
+            # What `auto` became; and none of an earlier version, which compared with other references.
+            "max_new_tokens": {of: each.max_new_tokens for of, each in asked.items()},
+            "other_tasks": self._other_tasks,
+        }
         # The base is compared with what it becomes: both are asked the same, also when the job asks anew.
         if position.before is None or position.before["how"] != how:
-            found = self.assess(bench, "evaluate before")
+            found = self.assess(bench, asked, "evaluate before")
             position = replace(position, before={"how": how, **(asdict(found) if found else _NOT_ASSESSED)})
         if checkpoint:
             bench.engine.load(checkpoint)
             self.ledger.restore(position.data)
         return position
 
-    def assess(self, bench: Workbench, phase: str) -> Assessment | None:
+    def assess(self, bench: Workbench, asked: Mapping[str, Asked], phase: str) -> Assessment | None:
         """Scores on the test split, and those on other tasks beside them; answers of the test split alone.
 
         Returns:
@@ -107,26 +121,31 @@ class Recipe:
         Raises:
             Diverged: a score is not finite.
         """
-        tested = bool(self.job.evaluate.metrics and len(self._test))
-        if not tested and not len(self._others):
+        if not asked:
             return None
         if self._peers.rank == 0:
             self._tell_phase(phase)
-
-        def asked(examples: Examples, spec: EvaluateSpec, end_ids: Sequence[int], of: str) -> Assessment:
-            return assess(
-                bench.model, bench.tokenizer, bench.engine, examples, bench.layout, spec, end_ids, of=of
+        found = {
+            of: assess(
+                bench.model,
+                bench.tokenizer,
+                bench.engine,
+                self._examples(of),
+                each,
+                bench.layout,
+                self._how_asked(of),
+                self._end_ids(of),
+                of=of,
             )
-
-        own = Assessment({}, [])
-        if tested:
-            own = asked(self._test, self.job.evaluate, self._data.described["end_ids"], "test split")
-        if self._data.others is None:
-            return own
-        # They were chosen already.
-        all_of_them = self.job.evaluate.model_copy(update={"max_examples": len(self._others)})
-        other = asked(self._others, all_of_them, self._data.others.end_ids, "other tasks")
-        return replace(own, scores=own.scores | {OTHER_TASKS + name: v for name, v in other.scores.items()})
+            for of, each in asked.items()
+        }
+        own = found.get(_TEST) or Assessment({}, [], {})
+        other = found.get(_OTHERS) or Assessment({}, [], {})
+        return replace(
+            own,
+            scores=own.scores | {OTHER_TASKS + name: value for name, value in other.scores.items()},
+            examples=own.examples | {OTHER_TASKS + name: count for name, count in other.examples.items()},
+        )
 
     def validate(self, bench: Workbench) -> float | None:
         """Mean loss of the validation split; None without one, or where another worker measures it."""
@@ -156,12 +175,22 @@ class Recipe:
             Diverged: a score is not finite.
             StorageError: the disk fails or is full.
         """
-        after = self.assess(bench, "evaluate after")
+        asked = self._asked(bench)
+        after = self.assess(bench, asked, "evaluate after")
         bench.write_result(self.job, folder, self._peers.rank)
         if self._peers.rank:
             return None
-        memory = bench.engine.peak_memory_bytes()
-        return Trained(position, after, folder, bench.tokenizer, task_of(bench.model), memory)
+        write_beside_weights(self.job, folder, bench.model, bench.tokenizer, self._data.described["end_ids"])
+        return Trained(
+            position,
+            after,
+            asked,
+            self._notices(asked),
+            folder,
+            bench.tokenizer,
+            task_of(bench.model),
+            bench.engine.peak_memory_bytes(),
+        )
 
     def publish(self, trained: Trained, signer: Signer | None, seconds: float) -> dict[str, Any]:
         """Publish what was trained, once for all retries, and move the alias; the job's result.
@@ -179,9 +208,8 @@ class Recipe:
             self._state,
             trained.position,
             {**self._data.described, "counts": self.counts},
-            trained.after.scores if trained.after else None,
+            _measured(trained),
             trained.folder,
-            trained.tokenizer,
             trained.task,
             signer,
         )
@@ -202,10 +230,8 @@ class Recipe:
     def samples(self, trained: Trained) -> list[dict[str, Any]]:
         """Prompts of the test split with what the model answered before and after."""
         before, after = trained.position.before, trained.after
-        # Without metrics no question was asked.
-        if not before or after is None or not self.job.evaluate.metrics:
+        if not before or after is None or _TEST not in trained.asked:
             return []
-        questions = self._test.questions(self.job.evaluate.max_examples)
         return [
             {
                 "prompt": trained.tokenizer.decode(question.prompt_ids, skip_special_tokens=True),
@@ -214,9 +240,38 @@ class Recipe:
                 "after": answer_after,
             }
             for question, answer_before, answer_after in zip(
-                questions, before["answers"], after.answers, strict=True
+                trained.asked[_TEST].questions, before["answers"], after.answers, strict=True
             )
         ][:_SAMPLES]
+
+    def _asked(self, bench: Workbench) -> dict[str, Asked]:
+        """What the model is asked, by what it is about; nothing that has no example, or is not measured."""
+        measured = {
+            _TEST: bool(self.job.evaluate.metrics and len(self._test)),
+            _OTHERS: len(self._others) > 0,
+        }
+        return {
+            of: ask(self._examples(of), self._how_asked(of), bench.model, bench.tokenizer, self._end_ids(of))
+            for of, is_measured in measured.items()
+            if is_measured
+        }
+
+    def _examples(self, of: str) -> Examples:
+        return self._test if of == _TEST else self._others
+
+    def _how_asked(self, of: str) -> EvaluateSpec:
+        evaluate = self.job.evaluate
+        # Those of other tasks were chosen already.
+        return evaluate if of == _TEST else evaluate.model_copy(update={"max_examples": len(self._others)})
+
+    def _end_ids(self, of: str) -> Sequence[int]:
+        others = self._data.others
+        found: Sequence[int] = self._data.described["end_ids"]
+        return others.end_ids if of == _OTHERS and others else found
+
+    def _notices(self, asked: Mapping[str, Asked]) -> tuple[str, ...]:
+        found = (each.notice(self.job.evaluate, of) for of, each in asked.items())
+        return tuple(notice for notice in found if notice)
 
     @property
     def _other_tasks(self) -> str | None:
@@ -242,11 +297,23 @@ def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
     )
 
 
+def _measured(trained: Trained) -> Measured | None:
+    if trained.after is None:
+        return None
+    return Measured(
+        scores=trained.after.scores,
+        examples=trained.after.examples,
+        max_new_tokens={of: each.max_new_tokens for of, each in trained.asked.items() if each.max_new_tokens},
+        notices=trained.notices,
+    )
+
+
 def _result(
     job: JobSpec, record: AdapterRecord, gate: dict[str, Any] | None, trained: Trained, seconds: float
 ) -> dict[str, Any]:
     position = trained.position
     training_seconds = sum(entry["seconds"] for entry in position.history)
+    notices = [*record.data["counts"]["notices"], *record.notices]
     return {
         "adapter": record.adapter,
         "version": record.version,
@@ -255,10 +322,12 @@ def _result(
         "loss": record.loss,
         "scores_before": record.scores_before,
         "scores_after": record.scores_after,
+        **({} if record.scored_examples is None else {"scored_examples": record.scored_examples}),
+        **({} if record.max_new_tokens is None else {"max_new_tokens": record.max_new_tokens}),
+        **({"notices": notices} if notices else {}),
         "tokens_per_second": record.tokens / training_seconds if training_seconds else 0.0,
         "peak_memory_bytes": trained.peak_memory_bytes,
         "seconds": seconds,
         **({} if record.forgetting is None else {"forgetting": record.forgetting}),
-        **({"notices": notices} if (notices := record.data["counts"].get("notices")) else {}),
         **({} if gate is None else {"gate": gate}),
     }

@@ -55,7 +55,7 @@ class TestDone:
         job, result, _, folder = reference
         assert set(result) == {
             "adapter", "version", "uri", "steps", "loss", "scores_before", "scores_after",
-            "tokens_per_second", "peak_memory_bytes", "seconds",
+            "scored_examples", "max_new_tokens", "tokens_per_second", "peak_memory_bytes", "seconds",
         }  # fmt: skip
         assert (result["adapter"], result["version"], result["steps"]) == ("capitals", 1, 12)
         assert Path(result["uri"]).is_file()
@@ -90,8 +90,13 @@ class TestDone:
         assert record.base.path == job.model.path
         assert {"ray", "torch", "transformers", "python"} <= set(record.library_versions)
         assert {entry.name for entry in record.files} == {
-            "README.md", "adapter_config.json", "adapter_model.safetensors", "job.json",
+            "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+            "job.json", "tokenizer.json", "tokenizer_config.json",
         }  # fmt: skip
+        assert record.scored_examples == result["scored_examples"]
+        assert set(result["scored_examples"]) == set(result["scores_after"])
+        # The job of these tests allows 4 tokens.
+        assert record.max_new_tokens == result["max_new_tokens"] == {"test split": 4}
 
     def test_it_loads_in_peft_and_changes_the_answers(self, reference: Any) -> None:
         job, _, _, folder = reference

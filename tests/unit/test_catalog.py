@@ -437,10 +437,24 @@ def test_a_record_survives_being_written(catalog: Catalog, files: dict[str, Path
 
 def test_the_card_says_what_it_is() -> None:
     card = model_card(draft())
-    assert "| exact_match | 0 | 0.75 |" in card
+    assert "| exact_match | 0 | 0.75 | - |" in card
     assert 'PeftModel.from_pretrained(base, "./capital")' in card
     assert "Scores" not in model_card(draft(scores_before=None, scores_after=None))
     assert 'AutoModelForCausalLM.from_pretrained("./capital")' in model_card(draft(kind="model"))
+
+
+def test_the_card_says_on_what_the_scores_were_measured() -> None:
+    card = model_card(draft(scored_examples={"exact_match": 40}, notices=("3 of 40 references are cut",)))
+    assert "| exact_match | 0 | 0.75 | 40 |" in card
+    assert "\n\n3 of 40 references are cut.\n" in card
+
+
+def test_the_card_tells_how_to_end_answers_where_the_files_say_it() -> None:
+    line = 'model.generation_config = GenerationConfig.from_pretrained("./capital")'
+    assert line in model_card(draft(), says_how_to_generate=True)
+    assert line not in model_card(draft())
+    # Whoever loads a model reads it there without being told.
+    assert line not in model_card(draft(kind="model"), says_how_to_generate=True)
 
 
 def test_nothing_breaks_out_of_the_card() -> None:

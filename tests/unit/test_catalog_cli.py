@@ -52,6 +52,24 @@ def test_show(catalog: Catalog) -> None:
     assert len(record["files"]) == 3
 
 
+def test_show_says_on_what_the_scores_were_measured(catalog: Catalog, tmp_path: Path) -> None:
+    made = draft(
+        adapter="made",
+        scores_after={"exact_match": 0.75, "bleu": 20.0, "token_loss": 0.5},
+        scored_examples={"exact_match": 40, "bleu": 40, "token_loss": 1200},
+        max_new_tokens={"test split": 32},
+        notices=("3 of 40 references are [cut]",),
+    )
+    catalog.publish(made, adapter_files(tmp_path / "made"), publish_id="made")
+    lines = [" ".join(line.split()) for line in run("show", "made", "--catalog", catalog.uri).splitlines()]
+    told = "exact_match 0.75, bleu 20 (of 40), token_loss 0.5 (of 1,200)"
+    assert {f"scores after {told}", "notices 3 of 40 references are [cut]"} <= set(lines)
+    assert "exact_match 0.75, bleu 20 (of 40)" in run("ls", "--catalog", catalog.uri)
+    shown = json.loads(run("show", "made", "--catalog", catalog.uri, "--json"))
+    assert shown["scored_examples"] == {"exact_match": 40, "bleu": 40, "token_loss": 1200}
+    assert shown["max_new_tokens"] == {"test split": 32}
+
+
 def test_the_uri_is_one_that_others_can_use(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(catalog.uri).parent)
     for command in (["ls"], ["show", "capital"]):

@@ -87,10 +87,26 @@ def one(*records: AdapterRecord, aliases: Mapping[str, int] | None = None) -> Hi
 
 
 def test_it_shows_what_the_records_say(tmp_path: Path) -> None:
-    newest = record(version=2, scores_after={"exact_match": 0.75}, parent="sums@v1", forgetting=0.0123)
+    newest = record(
+        version=2,
+        scores_after={"exact_match": 0.75},
+        scored_examples={"exact_match": 40},
+        notices=("3 references are cut",),
+        parent="sums@v1",
+        forgetting=0.0123,
+    )
     page = written(page_of(one(newest, record(), aliases={"production": 1})), tmp_path)
     shown = ("1 adapter, 2 versions", "production → v1", "75.0 %", "+75.0", "39.3 MiB", "s3://models/tiny")
-    for text in (*shown, "kind lora, rank 8", "f" * 16, "0.0123", "2026-01-02 03:04", "sums@v1"):
+    for text in (
+        *shown,
+        "kind lora, rank 8",
+        "f" * 16,
+        "0.0123",
+        "2026-01-02 03:04",
+        "sums@v1",
+        "of 40",
+        "3 references are cut",
+    ):
         assert text in page.text
     assert "raytune-ft catalog pull sums@v2 --catalog s3://adapters" in page.text
 

@@ -236,6 +236,22 @@ def test_models_are_skipped(catalog: Catalog, tmp_path: Path) -> None:
     ]
 
 
+def test_a_tokenizer_beside_the_weights_is_not_served(catalog: Catalog, tmp_path: Path) -> None:
+    files = dict(adapter_files(tmp_path / "with"))
+    for name in ("tokenizer.json", "generation_config.json"):
+        files[name] = tmp_path / "with" / name
+        files[name].write_text("{}")
+    publish_files(catalog, files, "with")
+    to = open_storage(str(tmp_path / "to"))
+    assert update_serve_dir(catalog, "production", to).copied == ["capital@v1", "with@v1"]
+    served = [key for key in keys(to) if key.startswith("with/")]
+    assert sorted(served) == [
+        "with/.raytune_ft.json",
+        "with/adapter_config.json",
+        "with/adapter_model.safetensors",
+    ]
+
+
 @pytest.mark.parametrize("below", ["", "/adapters", "/blobs/x", "/runs/x", "/derived", "/else"])
 def test_the_catalogs_own_folders_are_refused(catalog: Catalog, below: str) -> None:
     with pytest.raises(CatalogError, match=r"the catalog keeps its own things there; name another folder$"):

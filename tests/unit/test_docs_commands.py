@@ -25,6 +25,7 @@ from raytune_ft.cli.main import app, main
 from raytune_ft.methods.lora import add_lora, save_lora
 from raytune_ft.model_files import base_digest
 from raytune_ft.spec import JobSpec, read_job
+from raytune_ft.train.publish import write_beside_weights
 
 SAFE = {("schema",), ("data",), ("generate",), ("catalog", "ls"), ("catalog", "show"), ("catalog", "pull")}
 """Commands that are run wherever they stand; others only where their output is shown."""
@@ -156,6 +157,7 @@ def publish(job: JobSpec, files: Path) -> None:
     model = tiny.llama()
     add_lora(model, job.method, seed=0)
     save_lora(model, job.method, files, job.model.path)  # type: ignore[arg-type]  # the job's method is LoRA
+    write_beside_weights(job, files, model, tiny.tokenizer(), [])
     (files / "README.md").write_text("# country-capital\n")
     (files / "job.json").write_text(json.dumps(job.resolved()))
     draft = stores.draft(
@@ -164,6 +166,7 @@ def publish(job: JobSpec, files: Path) -> None:
         method=job.method.model_dump(mode="json"),
         job=job.resolved(),
         data={"fingerprint": "f" * 64, "templates": ["instruction"]},
+        scored_examples={"exact_match": 40},
     )
     catalog = Catalog.at(job.publish.catalog)
     record = catalog.publish(draft, {file.name: file for file in files.iterdir()}, publish_id="docs")

@@ -72,18 +72,19 @@ class TestSample:
 
 class TestQuestions:
     def test_the_prompt_ends_where_the_answer_begins(self) -> None:
-        assert examples([row(0, 4)]).questions(10) == [Question([100, 4], ["answer 0.4"])]
+        assert examples([row(0, 4)]).questions(10) == [Question([100, 4], ["answer 0.4"], [7, 1])]
 
     def test_of_several_turns_the_last_is_asked(self) -> None:
         ids = [10, 11, 50, 51, 12, 13, 52, 53]
         learned = [False, False, True, True, False, False, True, True]
         (question,) = examples([row(0, 0, input_ids=ids, learned=learned)]).questions(1)
         assert question.prompt_ids == [10, 11, 50, 51, 12, 13]
+        assert question.answer_ids == [52, 53]
 
     def test_what_follows_the_answer_is_no_second_one(self) -> None:
         ids, learned = [10, 50, 51, 99], [False, True, True, False]
         (question,) = examples([row(0, 0, input_ids=ids, learned=learned)]).questions(1)
-        assert question.prompt_ids == [10]
+        assert (question.prompt_ids, question.answer_ids) == ([10], [50, 51])
 
     @pytest.mark.parametrize(
         "changes",

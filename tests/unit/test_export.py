@@ -165,7 +165,6 @@ def test_the_published_files_are_those_of_transformers(folder: Path, tmp_path: P
 def test_a_model_that_fits_one_file_has_no_index(folder: Path) -> None:
     assert sorted(file.name for file in (folder / "one-file").iterdir()) == [
         "config.json",
-        "generation_config.json",
         "model.safetensors",
     ]
 

@@ -82,7 +82,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         display.update(JobFailed(3, "diff", "lane-0", "[bold]too long[/] " + "x" * 200))
     assert file.getvalue().splitlines() == [
         "tasks: 2 jobs, lanes: 2",
-        "sum: done, exact match 2.0 % → 94.0 %, sum@v1",
+        "sum: done, exact match 2.0 % → 94.0 % of 50, sum@v1",
         "diff: failed: [bold]too long[/] " + "x" * 200,
     ]
 
@@ -164,9 +164,9 @@ def test_the_end_has_scores_reasons_and_the_page() -> None:
     print_fleet_result(console, RESULT, Path("runs/tasks/report.html"))
     lines = [" ".join(line.split()) for line in file.getvalue().splitlines() if line.strip()]
     assert [line for line in lines if "─" not in line] == [
-        "job score before after version",
-        "sum Exact match 2.0 % 94.0 % sum@v1",
-        "negation ROUGE-L – 50.0 % negation@v1",
+        "job score before after examples version",
+        "sum Exact match 2.0 % 94.0 % 50 sum@v1",
+        "negation ROUGE-L – 50.0 % – negation@v1",
         "failed diff: 2 problems: [bold]x[/]",
         "Jobs 2 of 4 done, 1 of them before, 1 failed, 1 not begun, in 1 min 23 s",
         "Report runs/tasks/report.html",
@@ -191,6 +191,14 @@ def test_failed_jobs_are_an_error_that_says_how_to_go_on() -> None:
     many = tuple(JobOutcome(f"task{at}", "failed", reason="x") for at in range(9))
     with pytest.raises(TrainingError, match="task0, task1, task2, task3, task4 and 4 others; the same"):
         raise_failures(replace(RESULT, jobs=many))
+
+
+def test_what_the_scores_do_not_tell_is_told() -> None:
+    notice = "8 of 50 references of the test split are longer than evaluate.max_new_tokens = 32"
+    console, file = _console(terminal=False)
+    job = JobOutcome("sum", "done", result_of("sum", notices=[notice]))
+    print_fleet_result(console, replace(RESULT, jobs=(job,)), Path("report.html"))
+    assert f"notice sum: {notice}" in file.getvalue()
 
 
 def test_a_gate_that_refused_is_an_error_of_its_own() -> None:

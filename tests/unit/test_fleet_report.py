@@ -69,6 +69,14 @@ def _count(page: Page, name: str) -> int:
     return len(page.of_class(name))
 
 
+def test_the_page_says_on_what_the_scores_were_measured(tmp_path: Path) -> None:
+    notice = "8 of 50 references of the test split are longer than evaluate.max_new_tokens = 32"
+    job = JobOutcome("sum", "done", result_of("sum", notices=[notice]))
+    page = _page(tmp_path, replace(RESULT, jobs=(job,)))
+    assert "of 50" in page.text
+    assert notice in page.text
+
+
 def test_the_page_shows_the_fleet(tmp_path: Path) -> None:
     page = _page(tmp_path, RESULT)
     for text in (

@@ -148,7 +148,7 @@ def test_a_log_has_a_line_for_what_matters() -> None:
             LaneLost(1, "lane-0", ("a", "b"), True, "preempted"),
             "lane-0: lost with 2 running jobs: preempted",
         ),
-        (JobDone(1, "a", "lane-0", result_of("a")), "a: done, exact match 2.0 % → 94.0 %, a@v1"),
+        (JobDone(1, "a", "lane-0", result_of("a")), "a: done, exact match 2.0 % → 94.0 % of 50, a@v1"),
         (
             JobDone(1, "a", "lane-0", result_of("a", scores_before=None, scores_after=None, **refused)),
             "a: done, a@v1, but the gate of production refused",

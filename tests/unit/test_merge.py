@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -71,6 +72,7 @@ def publish(
     bits: int = 32,
     config: Mapping[str, Any] | None = None,
     tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+    beside: Mapping[str, str] = MappingProxyType({}),
     **changes: Any,
 ) -> AdapterRecord:
     """An adapter as training publishes it, with random weights that depend on its name."""
@@ -86,6 +88,8 @@ def publish(
     if config is not None:
         path = written / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    for file, content in beside.items():
+        (written / file).write_text(content)
     weights = written / "adapter_model.safetensors"
     save_file(tensors(load_file(weights)), weights)
     values: dict[str, Any] = {
@@ -228,6 +232,28 @@ class TestCombined:
         torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
         assert "one@v1, two@v1" in (tmp_path / "both" / "README.md").read_text()
         assert verify(catalog).problems == ()
+
+    def test_an_answer_may_end_where_that_of_any_ends(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
+    ) -> None:
+        beside = {"generation_config.json": '{"eos_token_id": 7, "temperature": 0.5}'}
+        publish(catalog, bases["llama"], tmp_path, "one", data={"end_ids": [9]})
+        publish(catalog, bases["llama"], tmp_path, "two", data={"end_ids": [1]}, beside=beside)
+        combined(catalog, "one", "two")
+        folder = pulled(catalog, "both", tmp_path / "both")
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings == {"eos_token_id": [1, 7, 9], "temperature": 0.5}
+        # The second brings no tokenizer along, so there is nothing to load one from.
+        assert "AutoTokenizer" not in (folder / "README.md").read_text()
+
+    def test_what_does_not_say_how_to_generate_is_refused(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
+    ) -> None:
+        beside = {"generation_config.json": '{"eos_token_id": "x"}'}
+        for name in ("one", "two"):
+            publish(catalog, bases["llama"], tmp_path, name, beside=beside)
+        with pytest.raises(CatalogError, match=r"^one@v1: its generation_config.json does not say how to"):
+            combined(catalog, "one", "two")
 
     def test_the_base_is_not_needed(self, catalog: Catalog, tmp_path: Path) -> None:
         base = tiny.save_base(tmp_path / "base")

@@ -186,6 +186,21 @@ def test_the_result_has_scores_place_and_commands() -> None:
     ]
 
 
+def test_a_result_says_on_what_it_was_measured() -> None:
+    console, file = _plain()
+    notice = "8 of 50 references of the test split are longer than evaluate.max_new_tokens = 32"
+    told = {"scored_examples": {"exact_match": 50, "token_loss": 1200}, "notices": [notice]}
+    print_result(console, {**RESULT, **told})
+    lines = [re.sub(r" {2,}", "  ", line.strip()) for line in file.getvalue().splitlines() if line.strip()]
+    assert lines[:4] == [
+        "before  after  examples",
+        "Exact match  2.0 %  94.0 %  50",
+        "BLEU  –  61.2  –",
+        "Token loss  6.0000  0.0800  1,200",
+    ]
+    assert f"Notice  {notice}" in lines
+
+
 def test_a_result_without_scores_has_no_table() -> None:
     console, file = _plain()
     print_result(console, {**RESULT, "scores_before": None, "scores_after": None})

@@ -32,5 +32,5 @@ def test_a_disk_that_is_full_when_the_job_is_written(small_disk: Path, tmp_path:
     state = RunState(1, "attempt", "d", "b")
     save_file({name: p.detach() for name, p in parameters.items()}, small_disk / "adapter_model.safetensors")
     with pytest.raises(StorageFull, match="the disk is full"):
-        publish(job, state, position, {}, None, small_disk, tiny.tokenizer(), "causal", None)
+        publish(job, state, position, {}, None, small_disk, "causal", None)
     assert not (tmp_path / "catalog").exists()

@@ -80,6 +80,18 @@ def _page(tmp_path: Path, report: RunReport) -> Page:
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_the_page_says_on_what_the_scores_were_measured(tmp_path: Path) -> None:
+    report, notice = (
+        _report(),
+        "8 of 50 references of the test split are longer than evaluate.max_new_tokens = 32",
+    )
+    told = {"scored_examples": {"exact_match": 1357, "bleu": 1357}, "notices": [notice]}
+    page = _page(tmp_path, replace(report, result={**report.result, **told}))
+    assert "Exact match on 1,357 unseen examples" in page.text
+    assert page.text.count("1,357") == 3
+    assert notice in page.text
+
+
 def test_the_page_shows_the_run(tmp_path: Path) -> None:
     page = _page(tmp_path, _report())
     for text in (

@@ -48,7 +48,7 @@ schedule: {epochs: 1, warmup: 0.03, decay: cosine}
 batch: {sequences: 32, sequences_per_worker: auto}
 cluster: {workers: 1, device: auto}
 checkpoint: {every_steps: 100, keep: 2}
-evaluate: {metrics: [exact_match, rouge, bleu], max_examples: 200, max_new_tokens: 32}
+evaluate: {metrics: [exact_match, rouge, bleu], max_examples: 200, max_new_tokens: auto}
 publish: {catalog: s3://adapters, adapter: country-capital, alias: candidate}
 """
     path = tmp_path / "job.yaml"

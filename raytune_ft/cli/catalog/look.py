@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -116,6 +117,7 @@ def _summary(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) ->
         "uri": record.uri(catalog),
         "base": record.base.path,
         "scores_after": record.scores_after,
+        "scored_examples": record.scored_examples,
         "created_at": record.created_at,
     }
 
@@ -197,7 +199,7 @@ def _table(rows: Iterable[tuple[AdapterRecord, Mapping[str, int]]]) -> Table:
             f"v{record.version}",
             _aliases(of),
             record.base.path,
-            _scores(record.scores_after),
+            _scores(record.scores_after, record.scored_examples),
             record.created_at[:16].replace("T", " "),
         )
         table.add_row(*(plain(cell) for cell in cells))
@@ -215,8 +217,9 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
         "data": f"fingerprint {record.data.get('fingerprint', '-')}",
         "training": f"{record.steps:,} steps, {record.learned_tokens:,} learned of {record.tokens:,} tokens",
         "loss": "-" if record.loss is None else f"{record.loss:.4f}",
-        "scores before": _scores(record.scores_before),
-        "scores after": _scores(record.scores_after),
+        "scores before": _scores(record.scores_before, record.scored_examples),
+        "scores after": _scores(record.scores_after, record.scored_examples),
+        "notices": "\n".join(record.notices) or "-",
         "forgetting": "-" if record.forgetting is None else f"{record.forgetting:+.4g}",
         "signature": _signature(record),
         "continues": record.parent or "-",
@@ -246,5 +249,14 @@ def _aliases(aliases: Mapping[str, int]) -> str:
     return ", ".join(f"{alias} → v{version}" for alias, version in aliases.items()) or "-"
 
 
-def _scores(scores: Mapping[str, float] | None) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in (scores or {}).items()) or "-"
+def _scores(scores: Mapping[str, float] | None, examples: Mapping[str, int] | None) -> str:
+    """Scores with the number of examples that they were measured on, where the record says it."""
+
+    def measured_on(score: tuple[str, float]) -> int | None:
+        return (examples or {}).get(score[0])
+
+    texts = []
+    for count, alike in groupby((scores or {}).items(), measured_on):
+        text = ", ".join(f"{name} {value:.3g}" for name, value in alike)
+        texts.append(text if count is None else f"{text} (of {count:,})")
+    return ", ".join(texts) or "-"
