@@ -137,6 +137,9 @@ class TestSignature:
             **dict.fromkeys(("loss", "forgetting"), 0.5),
             "scores_before": {"bleu": 0.5},
             "scores_after": {"bleu": 0.5},
+            "scored_examples": {"bleu": 7},
+            "max_new_tokens": {"test split": 9},
+            "notices": ["3 references are cut"],
         }
         said = json.loads(SIGNER.sign_record(record()).to_bytes())
         altered = read(json.dumps({**said, name: other[name]}).encode())
