@@ -5,14 +5,14 @@ learned is what the template writes beyond that text once the answer is there.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from raytune_ft.data.conversation import Conversation, Malformed, Turn
-from raytune_ft.data.coverage import Part, marked, missing, parts_of, shape_of
+from raytune_ft.data.coverage import Part, keys_of, marked, missing, parts_of, shape_of
 from raytune_ft.data.message_forms import FIRST_FORM, MessageForm, forms_for, messages_in
 from raytune_ft.data.segments import Example, Rendered, Segment, one_text
 
@@ -67,6 +67,7 @@ class ChatTemplate:
         lost = missing(parts, _texts(examples))
         named = {(part.name, part.place) for part in lost}
         structural = {(part.name, part.place) for part in choice.lost} - named
+        parts += keys_of(conversation)
         lost += [part for part in parts if (part.name, part.place) in structural]
         return Rendered(examples, tuple(lost))
 
@@ -140,7 +141,7 @@ class ChatTemplate:
                 examples = self._examples(sample, form)
             except Malformed:
                 continue
-            lost = self._unread_keys_out(missing(parts, _texts(examples)), sample, form)
+            lost = missing(parts, _texts(examples)) + self._unread_keys(sample, form, examples)
             if _is_misread("".join(_texts(examples))):
                 continue
             if not lost:
@@ -150,22 +151,24 @@ class ChatTemplate:
         # A template that takes no form of the marked chat tells why with the chat itself.
         return best or _Choice(FIRST_FORM, ())
 
-    def _unread_keys_out(self, lost: list[Part], conversation: Conversation, form: MessageForm) -> list[Part]:
-        """Without the keys that change what is rendered, though their value does not stand there."""
-        keys = {key for turn in conversation.turns for key in turn.other}
-        read = set()
-        for key in keys & {part.name for part in lost}:
-            others = [
-                turn._replace(other={k: v for k, v in turn.other.items() if k != key})
+    def _unread_keys(
+        self, conversation: Conversation, form: MessageForm, examples: Sequence[Example]
+    ) -> list[Part]:
+        """The keys of messages without which the same is rendered."""
+        parts = list(keys_of(conversation))
+        unread = set[str]()
+        for key in {part.name for part in parts}:
+            turns = tuple(
+                turn._replace(other={name: value for name, value in turn.other.items() if name != key})
                 for turn in conversation.turns
-            ]
+            )
             try:
-                without = self._examples(conversation._replace(turns=tuple(others)), form)
+                without = self._examples(conversation._replace(turns=turns), form)
             except Malformed:
                 continue
-            if without != self._examples(conversation, form):
-                read.add(key)
-        return [part for part in lost if part.name not in read]
+            if without == examples:
+                unread.add(key)
+        return [part for part in parts if part.name in unread]
 
     def _examples(self, conversation: Conversation, form: MessageForm) -> tuple[Example, ...]:
         examples: list[Example] = []

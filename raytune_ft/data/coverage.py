@@ -66,8 +66,6 @@ def parts_of(conversation: Conversation) -> Iterator[Part]:
             yield Part("thoughts", place, (turn.thoughts,))
         for call in turn.calls:
             yield Part("tool_calls", place, (call.name, *leaves(call.arguments)))
-        for key, value in turn.other.items():
-            yield Part(key, place, tuple(leaves(value)))
     for tool in conversation.tools:
         yield Part("tools", "tools", tuple(_schema_texts(tool["function"])))
     for name, value in conversation.variables.items():
@@ -78,6 +76,14 @@ def parts_of(conversation: Conversation) -> Iterator[Part]:
         texts = tuple(leaf for leaf in leaves(value) if any(map(str.isalpha, leaf)))
         if texts and not is_bookkeeping(name):
             yield Part(name, name, texts)
+
+
+def keys_of(conversation: Conversation) -> Iterator[Part]:
+    """Yield the keys of messages that only a template may know, up to the last learned answer."""
+    last = max(conversation.learned, default=-1)
+    for at, turn in enumerate(conversation.turns[: last + 1]):
+        for key, value in turn.other.items():
+            yield Part(key, f"turn {at + 1}", (value if isinstance(value, str) else as_json(value),))
 
 
 def missing(parts: Iterable[Part], texts: Sequence[str]) -> list[Part]:
@@ -170,7 +176,6 @@ def _marked_turn(turn: Turn, marks: _Marks) -> Turn:
         context=marks.of(turn.context),
         thoughts=marks.of(turn.thoughts),
         calls=tuple(_marked_call(call, marks) for call in turn.calls),
-        other={key: marks.next() if isinstance(value, str) else value for key, value in turn.other.items()},
         inline="",
     )
 

@@ -106,7 +106,7 @@ def _read_turn(message: Any, place: str) -> Turn | None:
         content,
         thoughts=thoughts,
         calls=calls,
-        learned=_is_learned(message, role, place),
+        learned=_is_learned(message, role, place) or role != "assistant",
         name=_tool_text(message, "name", role, place),
         call_id=_tool_text(message, "tool_call_id", role, place),
         other=other,

@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from raytune_ft.data.chat_template import ChatTemplate
 from raytune_ft.data.conversation import Conversation, Malformed, PlainText, Turn
-from raytune_ft.data.coverage import TURN_PARTS, Part, missing, parts_of
+from raytune_ft.data.coverage import TURN_PARTS, Part, keys_of, missing, parts_of
 from raytune_ft.data.encoder import Encoder
 from raytune_ft.data.segments import Example, Rendered, Segment
 from raytune_ft.data.values import as_json
@@ -112,6 +112,7 @@ class TurnFormat:
 
     def _without_place(self, conversation: Conversation) -> Iterable[Part]:
         """What the conversation says and this format has no place for."""
+        yield from keys_of(conversation)
         for part in parts_of(conversation):
             if (part.name == "tool" and not self.tool) or part.name not in (*TURN_PARTS.values(), "thoughts"):
                 yield part
@@ -225,6 +226,7 @@ class InlineTemplate:
         if conversation.shape == "chat":
             # Of other records the template takes the columns that its author wants.
             lost = missing(parts_of(conversation), [prompt + answer.inline_text])
+            lost += keys_of(conversation)
         return Rendered((Example(segments, (len(given),)),), tuple(lost))
 
     def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
