@@ -39,6 +39,23 @@ class _End(NamedTuple):
     suffix: str
     end: str
     """The part of the suffix that belongs to the answer."""
+    inside: str
+    """The part of that which stands behind the answer in a longer chat too."""
+
+
+_NO_END = _End("", "", "")
+
+
+class _Answer(NamedTuple):
+    """An answer as the template writes it."""
+
+    text: str
+    """Without its end."""
+    end: _End
+
+    def segment(self, end: str, *, ends: bool) -> Segment:
+        """The answer with an end."""
+        return Segment(self.text + end, learned=True, ends_turn=ends)
 
 
 @dataclass(frozen=True)
@@ -172,21 +189,28 @@ class ChatTemplate:
 
     def _examples(self, conversation: Conversation, form: MessageForm) -> tuple[Example, ...]:
         examples: list[Example] = []
-        text, continues = "", False
+        prompt, last = "", _Answer("", _NO_END)
         for at in conversation.learned:
             found = self._answer(conversation, at, form)
             if found is None:
                 continue
-            prompt, answer = found
-            begins = not (continues and prompt.startswith(text))
-            before = Example(()) if begins else examples.pop()
-            given = Segment(prompt if begins else prompt[len(text) :], learned=False)
-            segments = one_text((*before.segments, given, answer))
-            examples.append(Example(segments, (*before.answers, at)))
-            text, continues = prompt + answer.text, answer.ends_turn
+            before, (prompt_before, last_before) = Example(()), (prompt, last)
+            prompt, last = found
+            # In the middle of a chat an answer may have less of an end than where the text ends with it.
+            for end in (last_before.end.end, last_before.end.inside):
+                text = prompt_before + last_before.text + end
+                if examples and self._is_end(end) and prompt.startswith(text):
+                    before = examples.pop()
+                    before = before._replace(
+                        segments=(*before.segments[:-1], last_before.segment(end, ends=True))
+                    )
+                    break
+            given = Segment(prompt[len(text) :] if before.answers else prompt, learned=False)
+            answer = last.segment(last.end.end, ends=self._is_end(last.end.end))
+            examples.append(Example(one_text((*before.segments, given, answer)), (*before.answers, at)))
         return tuple(examples)
 
-    def _answer(self, conversation: Conversation, at: int, form: MessageForm) -> tuple[str, Segment] | None:
+    def _answer(self, conversation: Conversation, at: int, form: MessageForm) -> tuple[str, "_Answer"] | None:
         """An answer with its prompt; None where the template has no place for a chat that opens with it."""
         opens = not any(turn.role in ("user", "tool") for turn in conversation.turns[:at])
         try:
@@ -201,8 +225,14 @@ class ChatTemplate:
             answer = whole[len(prompt) : len(whole) - len(end.suffix)]
         else:
             answer = self._difference(conversation, at, form, whole, prompt, end)
-        ends_turn = self._is_end(end.end) if end.end else self._ends_with_call(conversation.turns[at], answer)
-        return prompt, Segment(answer + end.end, learned=True, ends_turn=ends_turn)
+        if not end.end and conversation.turns[at].calls:
+            answer, end = self._with_end_of_calls(answer)
+        return prompt, _Answer(answer, end)
+
+    def _with_end_of_calls(self, answer: str) -> tuple[str, _End]:
+        """An answer, and the marker that the template writes behind calls alone."""
+        token = next((token for token in self.end_tokens or () if answer.endswith(token)), "")
+        return answer.removesuffix(token), _End(token, token, token)
 
     def _prompt(self, conversation: Conversation, at: int, form: MessageForm) -> str:
         """What generation is given before the answer at a place."""
@@ -259,14 +289,14 @@ class ChatTemplate:
             other = ""
         suffix = _shared_prefix(whole[::-1], other[::-1])[::-1]
         if not suffix.strip():
-            return _End(suffix, "")
-        if self._opens_on_request(conversation, at, form):
-            return _End(suffix, suffix.rstrip())
-        # The template ends each text with the opening of an answer, if it has one.
+            return _End(suffix, "", "")
         following = self._following(conversation, at, form)
         if following is None or following.startswith(suffix.rstrip()):
-            return _End(suffix, suffix.rstrip())
-        return _End(suffix, self._without_opening(_shared_prefix(suffix, following)))
+            return _End(suffix, suffix.rstrip(), suffix.rstrip())
+        inside = self._without_opening(_shared_prefix(suffix, following))
+        # A template that ends each text with the opening of an answer has that in the suffix too.
+        opens = not self._opens_on_request(conversation, at, form)
+        return _End(suffix, inside if opens else suffix.rstrip(), inside)
 
     def _without_opening(self, shared: str) -> str:
         """The markers that a text begins with, up to EOS or to the one that opens the next turn."""
@@ -296,10 +326,6 @@ class ChatTemplate:
         _, answer, rest = text.rpartition(_PROBE)
         between, user, _ = rest.partition("\ue001")
         return between if answer and user else None
-
-    def _ends_with_call(self, turn: Turn, answer: str) -> bool:
-        """Whether an answer ends with a marker that the template writes behind calls alone."""
-        return bool(turn.calls) and self.end_tokens is not None and answer.endswith(self.end_tokens)
 
     def _is_end(self, end: str) -> bool:
         if self.end_tokens is None:

@@ -108,9 +108,8 @@ def _read_pair(
     asked = value[prompt] if prompt in value else reach(value, prompt)
     answered = value[completion] if completion in value else reach(value, completion)
     if _is_messages(asked) and _is_messages(answered):
-        columns = _without(value, completion)
         turns = read_turns(_kept([*asked, *answered], ignore), f"{prompt} + {completion}")
-        return _chat(value, turns, {prompt, completion}, columns, usual, fields)
+        return _chat(value, turns, {prompt, completion}, _without(value, completion), usual, fields)
     references = _read_references(answered, completion)
     content = text_of(asked, prompt)
     context = "" if fields.prompt else _read_context(value, usual, prompt, completion)
@@ -124,14 +123,15 @@ def _read_pair(
         Turn("user", content, context),
         Turn("assistant", references[0]),
     )
+    columns = _without(value, completion)
+    filled = tuple(name for name, column in columns.items() if column is not None)
+    unread = _unread_by_pairs(filled, prompt, usual, fields.system)
     return Conversation(
         turns,
         references,
         "prompt" if prompt == "prompt" else "instruction",
-        columns := _without(value, completion),
-        unread={
-            name: columns[name] for name in _unread_by_pairs(tuple(columns), prompt, usual, fields.system)
-        },
+        columns,
+        unread={name: columns[name] for name in unread},
         tools=() if usual.tools is None else read_tools(value[usual.tools], usual.tools),
     )
 
