@@ -31,7 +31,11 @@ def saved_without_settings(model: "PreTrainedModel") -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    # A classifier has none.
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
     if own is not None:
         model.generation_config = GenerationConfig()
     try:
