@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
 from raytune_ft.spec.scores import OTHER_TASKS
@@ -144,12 +145,12 @@ def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Forgetting and gate of a result in words, by their titles; those that it has.
+    """Published step, early stop, forgetting and gate of a result in words, by their titles; those it has.
 
     >>> outcome_texts({"forgetting": 0.0213})
     {'Forgetting': '+0.0213 in the token loss of other tasks'}
     """
-    texts = {}
+    texts = selection_texts(result)
     if result.get("forgetting") is not None:
         texts["Forgetting"] = f"{result['forgetting']:+.4f} in the token loss of other tasks"
     gate = result.get("gate")

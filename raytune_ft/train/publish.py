@@ -1,13 +1,14 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft import __version__
 from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer
 from raytune_ft.catalog.gate import refusals, verdict
-from raytune_ft.catalog.record import publishable_files
+from raytune_ft.catalog.record import BestStep, StoppedEarly, publishable_files
 from raytune_ft.merge.result import write_card_and_job
 from raytune_ft.methods import METHODS, saving
 from raytune_ft.models import Task
@@ -16,6 +17,7 @@ from raytune_ft.spec import JobSpec
 from raytune_ft.train.assess import forgetting
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.run import RunState, digest
+from raytune_ft.train.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ def publish(
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,
     signer: Signer | None,
+    selection: Selection,
 ) -> AdapterRecord:
     """Publish the trained model as the next version; a retry of the same attempt finds its own version.
 
@@ -55,17 +58,21 @@ def publish(
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
     """
-    method, draft = METHODS[type(job.method)], _draft(job, position, data, scores_after)
+    method, draft = METHODS[type(job.method)], _draft(job, position, data, scores_after, selection)
     with saving(folder):
         if method.artifact == "model":
             tokenizer.save_pretrained(folder)
         write_card_and_job(draft, folder, _AUTO_CLASSES[task])
     catalog, files = Catalog.at(job.publish.catalog), publishable_files(folder)
-    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
+    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data, selection), signer=signer)
 
 
 def _draft(
-    job: JobSpec, position: Position, data: dict[str, Any], scores_after: dict[str, float] | None
+    job: JobSpec,
+    position: Position,
+    data: dict[str, Any],
+    scores_after: dict[str, float] | None,
+    selection: Selection,
 ) -> RecordDraft:
     scores_before = position.before["scores"] if position.before else None
     return RecordDraft(
@@ -79,7 +86,7 @@ def _draft(
         steps=position.step,
         tokens=sum(entry["tokens"] for entry in position.history),
         learned_tokens=sum(entry["learned_tokens"] for entry in position.history),
-        loss=position.history[-1]["loss"],
+        loss=position.history[selection.step - 1]["loss"],
         code_version=__version__,
         library_versions=library_versions(),
         machine=machine(),
@@ -87,13 +94,26 @@ def _draft(
         scores_after=scores_after,
         forgetting=forgetting(scores_before, scores_after),
         parent=None,
+        **_chosen(selection),
     )
 
 
-def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any]) -> str:
+def _chosen(selection: Selection) -> dict[str, Any]:
+    """What the record says of the step; nothing where the last one is published, as always."""
+    best, stopped = selection.best, selection.stopped
+    return {
+        "published_step": selection.step if best or selection.asked_for else None,
+        "best": BestStep(**asdict(best)) if best else None,
+        "stopped_early": StoppedEarly(**asdict(stopped)) if stopped else None,
+    }
+
+
+def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any], selection: Selection) -> str:
     # Asked about other examples of other tasks, the same weights are another version: it has other scores.
     others = data.get("other_tasks")
-    return f"{state.publish_id(job)}-{digest(others)[:12]}" if others else state.publish_id(job)
+    asked = f"-{digest(others)[:12]}" if others else ""
+    step = f"-step-{selection.step}" if selection.asked_for else ""
+    return f"{state.publish_id(job)}{asked}{step}"
 
 
 def move_alias(job: JobSpec, record: AdapterRecord) -> dict[str, Any] | None:

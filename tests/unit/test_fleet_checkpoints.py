@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from stores import KeepingStorage
 
 from raytune_ft.errors import StorageError, StorageFull
-from raytune_ft.fleet.checkpoints import PREFIX, JobCheckpoints, KeptCheckpoint, superfluous
 from raytune_ft.fleet.keeping import JobKeeping
-from raytune_ft.spec import CheckpointSpec
 from raytune_ft.storage import Storage, open_storage
+from raytune_ft.train.kept import PREFIX, JobCheckpoints, KeptCheckpoint, superfluous
 
 
 @pytest.fixture
@@ -30,7 +29,8 @@ def written(folder: Path, text: str) -> Path:
 
 
 def add(kept: JobCheckpoints, folder: Path, step: int, loss: float | None = None) -> None:
-    kept.add(written(folder / f"at-{step}", f"of step {step}"), step, loss, may_write=lambda: None)
+    measured = {} if loss is None else {"validation_loss": loss}
+    kept.add(written(folder / f"at-{step}", f"of step {step}"), step, measured, may_write=lambda: None)
 
 
 def restored(kept: JobCheckpoints, folder: Path) -> tuple[int | None, str]:
@@ -41,7 +41,7 @@ def restored(kept: JobCheckpoints, folder: Path) -> tuple[int | None, str]:
 
 
 def test_the_newest_comes_back_and_the_oldest_go(storage: Storage, tmp_path: Path) -> None:
-    kept = JobCheckpoints(storage, CheckpointSpec(keep=2))
+    kept = JobCheckpoints(storage, keep=2)
     assert restored(kept, tmp_path / "none") == (None, "")
     for step in (2, 10, 4):
         add(kept, tmp_path, step)
@@ -51,7 +51,7 @@ def test_the_newest_comes_back_and_the_oldest_go(storage: Storage, tmp_path: Pat
 
 @pytest.mark.parametrize("gone", ["weights.safetensors", "list", "cut off"])
 def test_one_that_is_not_whole_is_none(storage: Storage, tmp_path: Path, gone: str) -> None:
-    kept = JobCheckpoints(storage, CheckpointSpec(keep=2))
+    kept = JobCheckpoints(storage, keep=2)
     add(kept, tmp_path, 1)
     add(kept, tmp_path, 2)
     newest = [found.key for found in storage.list(f"{PREFIX}{2:010d}")]
@@ -74,7 +74,7 @@ def test_one_that_is_not_whole_is_none(storage: Storage, tmp_path: Path, gone: s
     ],
 )
 def test_a_list_that_leads_elsewhere_is_none(storage: Storage, tmp_path: Path, content: bytes) -> None:
-    kept = JobCheckpoints(storage, CheckpointSpec())
+    kept = JobCheckpoints(storage, keep=2)
     add(kept, tmp_path, 1)
     storage.write(f"{PREFIX}0000000009-00000000.json", content)
     assert restored(kept, tmp_path / "back") == (1, "of step 1")
@@ -84,7 +84,7 @@ def test_a_list_that_leads_elsewhere_is_none(storage: Storage, tmp_path: Path, c
 def test_what_may_go(losses: list[float | None], keep: int, keep_best: bool) -> None:
     kept = [KeptCheckpoint(f"{at:010d}-{at:08x}", at, loss, {}) for at, loss in enumerate(losses)]
     stay = [
-        one for one in kept if one not in superfluous(kept, CheckpointSpec(keep=keep, keep_best=keep_best))
+        one for one in kept if one not in superfluous(kept, keep, "validation_loss" if keep_best else None)
     ]
     assert kept[-1] in stay
     if not keep_best:
@@ -94,6 +94,8 @@ def test_what_may_go(losses: list[float | None], keep: int, keep_best: bool) -> 
     gone = [one.validation_loss for one in kept if one not in stay and one.validation_loss is not None]
     best = sorted(one.validation_loss for one in stay if one.validation_loss is not None)[:keep]
     assert not gone or len(best) < keep or max(best) <= min(gone) or kept[-1].validation_loss in best
+    measured = [loss for loss in losses if loss is not None]
+    assert not measured or losses.index(min(measured)) in {one.step for one in stay}, "of equals the earlier"
 
 
 class TestKeeping:
@@ -114,7 +116,7 @@ class TestKeeping:
                 return super().add(*given, **named)
 
         with ThreadPoolExecutor(2) as threads:
-            keeping = self.keeping(Slow(storage, CheckpointSpec(keep=9)), threads, tmp_path, told)
+            keeping = self.keeping(Slow(storage, keep=9), threads, tmp_path, told)
             for step, wait in ((1, False), (2, False), (3, True)):
                 keeping.send(lambda: self.write, {"step": step}, wait=wait)
             gate.set()
@@ -131,7 +133,7 @@ class TestKeeping:
                 raise StorageFull("no space")
 
         with ThreadPoolExecutor(1) as threads:
-            keeping = self.keeping(Full(storage, CheckpointSpec()), threads, tmp_path, [])
+            keeping = self.keeping(Full(storage, keep=2), threads, tmp_path, [])
             keeping.send(lambda: self.write, {"step": 1}, wait=False)
             keeping.drain()
             with pytest.raises(StorageError, match="no space"):
@@ -142,7 +144,7 @@ class TestKeeping:
 def test_one_that_is_of_no_use_makes_way_for_the_one_before(
     storage: Storage, tmp_path: Path, may_delete: bool
 ) -> None:
-    kept = JobCheckpoints(storage if may_delete else KeepingStorage(storage), CheckpointSpec(keep=3))
+    kept = JobCheckpoints(storage if may_delete else KeepingStorage(storage), keep=3)
     for step in (1, 2, 3):
         add(kept, tmp_path, step)
     folder = tmp_path / "back"
@@ -158,7 +160,7 @@ def test_one_that_is_of_no_use_makes_way_for_the_one_before(
 def test_a_list_that_was_written_after_its_files_were_removed_is_none(
     storage: Storage, tmp_path: Path
 ) -> None:
-    kept = JobCheckpoints(storage, CheckpointSpec(keep=1))
+    kept = JobCheckpoints(storage, keep=1)
     add(kept, tmp_path, 5)
     (listed,) = [
         found.key

@@ -12,7 +12,7 @@ from stores import InterruptedStorage, WrappedStorage
 from raytune_ft.errors import DataError, ModelError, StorageError
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.storage import FolderStorage
-from raytune_ft.train.run import Run, RunState, digest
+from raytune_ft.train.run import Run, RunState, asked_of, digest
 
 
 def job(tmp_path: Path, **sections: Any) -> JobSpec:
@@ -196,9 +196,33 @@ def test_how_often_a_run_may_be_interrupted_is_no_part_of_what_is_done(
     assert elsewhere.finished("inputs") is None
 
 
+@pytest.mark.parametrize("best_by", ["validation_loss", "exact_match"])
+def test_which_step_is_published_is_part_of_what_is_done(tmp_path: Path, best_by: str) -> None:
+    run = Run(job(tmp_path))
+    other = Run(job(tmp_path, checkpoint={"keep_best": True, "best_by": best_by}))
+    state = run.begin("data", "base")
+    run.finish({"version": 1}, "inputs")
+    assert run.id == other.id
+    assert other.finished("inputs") is None
+    assert state.publish_id(run.job) != state.publish_id(other.job)
+
+
+def test_what_is_done_without_early_stopping_keeps_the_name_that_it_had_before_there_was_any(
+    tmp_path: Path,
+) -> None:
+    asked = job(tmp_path).resolved()
+    del asked["schedule"]["early_stopping"], asked["cluster"]["max_restarts"]
+    del asked["cluster"]["max_preemptions"]
+    assert asked_of(job(tmp_path)) == digest({**asked, "checkpoint": {}})
+    stopping = job(tmp_path, schedule={"early_stopping": {"patience": 1}})
+    assert Run(stopping).id != Run(job(tmp_path)).id
+
+
 def test_results_that_name_all_of_the_job_still_hold(tmp_path: Path) -> None:
     run = Run(job(tmp_path))
-    kept = {"job": digest(run.job.resolved()), "inputs": "inputs", "result": {"version": 1}}
+    older = run.job.resolved()
+    del older["schedule"]["early_stopping"], older["checkpoint"]["best_by"]
+    kept = {"job": digest(older), "inputs": "inputs", "result": {"version": 1}}
     run.storage.write("result.json", json.dumps(kept).encode())
     assert run.finished("inputs") == {"version": 1}
     assert run.finished("others") is None
