@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.chart import Overlay, Tick, overlay
 from raytune_ft.fleet.events import FleetPlanned, FleetResult, JobDone, JobOutcome
 from raytune_ft.fleet.lane_times import LaneTime, Span, in_rows, lane_times
@@ -133,8 +134,15 @@ def _job_row(job: JobOutcome, base: str, losses: Losses, metrics: Sequence[str])
         scores=dict(zip(after, score_rows(result.get("scores_before") or {}, after), strict=True)),
         steps=f"{result['steps']:,}" if result else "–",
         seconds=duration_text(result["seconds"]) if result else "–",
-        note=job.reason or outcome_texts(result).get("Gate", ""),
+        note=job.reason or _note(result),
     )
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    """What a finished job has to say beside its figures: which step it published, and what its gate said."""
+    texts = outcome_texts(result)
+    chosen = [f"{title.lower()}: {text}" for title, text in selection_texts(result).items()]
+    return "; ".join([*chosen, *([texts["Gate"]] if "Gate" in texts else [])])
 
 
 def _version_text(job: str, result: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import KeepingStorage
 
-from raytune_ft.errors import StorageError, StorageFull
+from raytune_ft.errors import StorageError, StorageFull, StorageMissing
 from raytune_ft.fleet.keeping import JobKeeping
 from raytune_ft.storage import Storage, open_storage
 from raytune_ft.train.kept import PREFIX, JobCheckpoints, KeptCheckpoint, superfluous
@@ -71,6 +71,7 @@ def test_one_that_is_not_whole_is_none(storage: Storage, tmp_path: Path, gone: s
         b"no JSON",
         b'{"name": "0000000009-00000000", "step": 9, "validation_loss": null, "size_bytes": {"../x": 1}}',
         b'{"name": "../../0000000009", "step": 9, "validation_loss": null, "size_bytes": {}}',
+        b'{"name": "0000000009-00000000", "step": 9, "validation_loss": null, "size_bytes": {}, "more": 1}',
     ],
 )
 def test_a_list_that_leads_elsewhere_is_none(storage: Storage, tmp_path: Path, content: bytes) -> None:
@@ -125,6 +126,67 @@ class TestKeeping:
         assert [upload.step for upload in keeping.finished()] == [1, 3]
         assert not list(tmp_path.glob("tmp*"))
 
+    def test_the_best_so_far_is_not_left_out_and_gives_way_to_a_better_one(
+        self, storage: Storage, tmp_path: Path
+    ) -> None:
+        gate, told = threading.Event(), list[int]()
+
+        class Slow(JobCheckpoints):
+            def add(self, *given: Any, **named: Any) -> int:
+                gate.wait()
+                return super().add(*given, **named)
+
+        with ThreadPoolExecutor(4) as threads:
+            keeping = self.keeping(Slow(storage, keep=9), threads, tmp_path, told)
+            sent = ((1, False, True), (2, False, True), (3, False, False), (4, False, True), (5, True, False))
+            keeping.send(lambda: self.write, {"step": 0}, wait=False)
+            while keeping._waiting:
+                pass
+            for step, wait, needed in sent:
+                keeping.send(lambda: self.write, {"step": step}, wait=wait, needed=needed)
+            assert [one.step for one in keeping._waiting] == [4, 5]
+            gate.set()
+            assert sorted(keeping.kept()) == [0, 4, 5]
+        assert told == [0, 4, 5]
+
+    def test_nothing_is_kept_after_the_best_so_far_was_lost(self, storage: Storage, tmp_path: Path) -> None:
+        """A later checkpoint would be gone on from, without the one that is published."""
+        gate, told = threading.Event(), list[int]()
+
+        class FullOnce(JobCheckpoints):
+            def add(self, folder: Path, step: int, *given: Any, **named: Any) -> int:
+                gate.wait()
+                if step == 1:
+                    raise StorageFull("no space")
+                return super().add(folder, step, *given, **named)
+
+        with ThreadPoolExecutor(4) as threads:
+            keeping = self.keeping(FullOnce(storage, keep=9), threads, tmp_path, told)
+            keeping.send(lambda: self.write, {"step": 1}, wait=False, needed=True)
+            keeping.send(lambda: self.write, {"step": 2}, wait=True)
+            gate.set()
+            with pytest.raises(StorageFull, match="no space"), keeping.fetch(1):
+                pass
+            with pytest.raises(StorageFull, match="no space"):
+                keeping.send(lambda: self.write, {"step": 3}, wait=True)
+        assert not told
+        assert not JobCheckpoints(storage, keep=9).steps()
+
+    def test_a_kept_one_is_fetched_and_leaves_nothing_on_this_machine(
+        self, storage: Storage, tmp_path: Path
+    ) -> None:
+        with ThreadPoolExecutor(2) as threads:
+            keeping = self.keeping(JobCheckpoints(storage, keep=2), threads, tmp_path, [])
+            keeping.send(lambda: self.write, {"step": 4, "validation_loss": 1.5}, wait=False)
+            with keeping.fetch(4) as folder:
+                assert (folder / "weights.safetensors").read_text() == "weights"
+            with (
+                pytest.raises(StorageMissing, match="the checkpoint of step 5 is not there"),
+                keeping.fetch(5),
+            ):
+                pass
+        assert not list(tmp_path.glob("tmp*"))
+
     def test_a_store_that_failed_ends_the_job_at_its_next_checkpoint(
         self, storage: Storage, tmp_path: Path
     ) -> None:
@@ -155,6 +217,21 @@ def test_one_that_is_of_no_use_makes_way_for_the_one_before(
     assert kept.restore_older(folder) is None
     assert list(folder.iterdir()) == []
     assert bool(list(storage.list(PREFIX))) is not may_delete
+
+
+def test_a_list_of_an_older_program_is_read(storage: Storage) -> None:
+    listed = b'{"name": "0000000009-00000000", "step": 9, "validation_loss": 1.5, "size_bytes": {"x": 1}}'
+    storage.write(f"{PREFIX}0000000009-00000000.json", listed)
+    storage.write(f"{PREFIX}0000000009-00000000/x", b"x")
+    assert JobCheckpoints(storage, keep=1).steps() == {9: f"{PREFIX}0000000009-00000000"}
+
+
+def test_the_best_by_a_score_stay(storage: Storage, tmp_path: Path) -> None:
+    kept = JobCheckpoints(storage, keep=1, best_by="exact_match")
+    for step, value in ((2, 0.25), (4, 0.75), (6, 0.75), (8, 0.5)):
+        measured = {"validation_loss": 1.0 / step, "exact_match": value}
+        kept.add(written(tmp_path / f"{step}", ""), step, measured, may_write=lambda: None)
+    assert sorted(kept.steps()) == [4, 8]
 
 
 def test_a_list_that_was_written_after_its_files_were_removed_is_none(

@@ -158,8 +158,8 @@ def test_many_kept_steps_are_not_all_named() -> None:
     [
         (
             {"checkpoint": {"keep_best": True, "best_by": "exakt"}},
-            "checkpoint.best_by = 'exakt': 'exakt' is not measured on the validation split; use validation_loss, "
-            "exact_match, rouge1",
+            "checkpoint.best_by = 'exakt': 'exakt' is not measured on the validation split; use "
+            "validation_loss, exact_match, rouge1",
         ),
         (
             {"checkpoint": {"best_by": "rougeL"}},
