@@ -327,9 +327,11 @@ def selection_texts(said: Mapping[str, Any]) -> dict[str, str]:
             else f"{step:,}, named by --publish-step"
         )
     if (stopped := said.get("stopped_early")) is not None:
+        waited = stopped["patience"]
         texts["Stopped early"] = (
-            f"after step {stopped['step']:,}: in {stopped['patience']} validations {stopped['metric']} "
-            f"was no better than {stopped['best_value']:.4g} of step {stopped['best_step']:,}"
+            f"after step {stopped['step']:,}: in {waited} validation{'' if waited == 1 else 's'} "
+            f"{stopped['metric']} was no better than {stopped['best_value']:.4g} of step "
+            f"{stopped['best_step']:,}"
         )
     return texts
 

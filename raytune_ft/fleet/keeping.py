@@ -1,5 +1,6 @@
 """Checkpoints of the jobs of a lane on their way to the bucket, while training goes on."""
 
+import math
 import shutil
 import tempfile
 import threading
@@ -92,7 +93,7 @@ class JobKeeping:
         snapshot = take()
         if snapshot is None:
             return
-        measured = {name: value for name, value in metrics.items() if name != "step"}
+        measured = {n: value for n, value in metrics.items() if n != "step" and math.isfinite(value)}
         sent = _Sent(snapshot, metrics["step"], measured, needed, wait)
         with self._lock:
             # A better one takes the place of the best so far, so that at most two wait in memory.

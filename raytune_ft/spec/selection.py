@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from raytune_ft.spec.scores import SCORES
 from raytune_ft.spec.values import Section
@@ -11,14 +11,18 @@ VALIDATION_LOSS = "validation_loss"
 """Mean loss per learned token on the validation split."""
 
 
+_METRICS = (VALIDATION_LOSS, *(score for scores in SCORES.values() for score in scores))
+
+
 def _check_metric(name: str) -> str:
-    known = [VALIDATION_LOSS, *(score for scores in SCORES.values() for score in scores)]
-    if name not in known:
-        raise ValueError(f"'{name:.60}' is not measured on the validation split; use {', '.join(known)}")
+    if name not in _METRICS:
+        raise ValueError(f"'{name:.60}' is not measured on the validation split; use {', '.join(_METRICS)}")
     return name
 
 
-ValidationMetric = Annotated[str, AfterValidator(_check_metric)]
+ValidationMetric = Annotated[
+    str, AfterValidator(_check_metric), Field(json_schema_extra={"enum": [*_METRICS]})
+]
 """`validation_loss`, or a score of greedy answers to the validation split."""
 
 

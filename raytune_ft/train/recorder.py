@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.spec import EarlyStoppingSpec
 from raytune_ft.spec.selection import VALIDATION_LOSS
 from raytune_ft.train.batch import Step
@@ -221,8 +222,7 @@ class Recorder:
 
         metrics: dict[str, Any] = {name: newest[name] for name in ("step", VALIDATION_LOSS) if name in newest}
         if self._best_by is not None:
-            ranked = ranking_value(self._history, self._best_by)
-            metrics |= {} if ranked is None else {self._best_by: ranked}
+            metrics[self._best_by] = ranking_value(self._history, self._best_by)
         began = time.monotonic()
         stops = self.stopped is not None
         self._uploads.send(take, metrics, wait=wait or stops, needed=self._newest_is_best())
@@ -243,7 +243,8 @@ class Recorder:
             newest[SCORES] = measured
         self.stopped = stopped_early(self._history, self._stopping)
         if self.stopped is not None and newest["step"] < self._total_steps and self._peers.rank == 0:
-            self._events.write({"phase": _stop_text(self.stopped)})
+            texts = selection_texts({"stopped_early": asdict(self.stopped)})
+            self._events.write({"phase": f"Stopping early {texts['Stopped early']}"})
 
     def _newest_is_best(self) -> bool:
         if self._best_by is None:
@@ -263,10 +264,3 @@ class Recorder:
             self._events.write(event)
         self._unsent = []
         self._sent_at = time.monotonic()
-
-
-def _stop_text(stopped: EarlyStop) -> str:
-    return (
-        f"Stopping early after step {stopped.step}: {stopped.metric} was no better than "
-        f"{stopped.best_value:.4g} of step {stopped.best_step} in {stopped.patience} validations"
-    )

@@ -135,15 +135,17 @@ def value_of(entry: Mapping[str, Any], metric: str) -> float | None:
     return None if found is None else float(found)
 
 
-def ranking_value(history: History, metric: str) -> float | None:
+def ranking_value(history: History, metric: str) -> float:
     """The newest step's value for what sorts checkpoints by value alone, and of equals prefers the newer.
 
     Each earlier step with the same value makes it worse by the least that a float can be, so that the
-    earlier one stays the better. None where the newest step was not measured, or is not finite.
+    earlier one stays the better. Infinitely bad where the newest step was not measured, or is not finite:
+    Ray Train takes what it is not told for the best where a lower value is better.
     """
-    if not history or (value := value_of(history[-1], metric)) is None or not math.isfinite(value):
-        return None
     worse = -math.inf if higher_is_better(metric) else math.inf
+    value = value_of(history[-1], metric)
+    if value is None or not math.isfinite(value):
+        return worse
     ranked = value
     for entry in history[:-1]:
         if value_of(entry, metric) == value:

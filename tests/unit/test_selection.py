@@ -104,10 +104,10 @@ def test_sorted_by_value_alone_the_best_comes_first(values: list[float | None], 
     steps = history(values, metric)
     ranked = [ranking_value(steps[: at + 1], metric) for at in range(len(steps))]
     sign = 1 if metric == LOSS else -1
-    places = {step: sign * value for step, value in enumerate(ranked, 1) if value is not None}
+    places = {step: sign * value for step, value in enumerate(ranked, 1)}
     best = best_of(steps, metric)
     if best is None:
-        assert not places
+        assert all(place == math.inf for place in places.values()), "what was not measured is never the best"
         return
     assert [step for step, place in places.items() if place == min(places.values())] == [best.step]
     assert json.loads(json.dumps(ranked)) == ranked, "what Ray keeps of it is exact"
