@@ -17,10 +17,11 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from raytune_ft.errors import StorageDenied, StorageMissing
+from raytune_ft.errors import SpecError, StorageDenied, StorageMissing
 from raytune_ft.spec.selection import VALIDATION_LOSS
 from raytune_ft.storage import Storage
-from raytune_ft.train.selection import higher_is_better
+from raytune_ft.train.run import Run
+from raytune_ft.train.selection import higher_is_better, kept_text
 from raytune_ft.train.uploads import send_folder
 
 PREFIX = "kept/"
@@ -218,3 +219,20 @@ class JobCheckpoints:
         with suppress(StorageDenied):
             for key in keys:
                 self._storage.delete(key)
+
+
+def place_of(run: Run, step: int) -> str:
+    """Where the kept checkpoint of a step stands in the run's folder, whoever kept it.
+
+    Raises:
+        SpecError: none of that step is kept.
+        StorageError: the store failed.
+    """
+    kept = {**JobCheckpoints(run.storage, keep=1).steps(), **run.kept_steps()}
+    if step not in kept:
+        remedy = "name one of them" if kept else "train the job first"
+        raise SpecError(
+            f"--publish-step {step}: {run.storage.uri} keeps no checkpoint of that step; {kept_text(kept)}; "
+            f"{remedy}, with the model, data, method, optimizer, schedule and batch of the run"
+        )
+    return kept[step]

@@ -38,13 +38,12 @@ from raytune_ft.storage import disk_errors
 from raytune_ft.tensorboard import ScalarLog, step_scalars
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
 from raytune_ft.train.budgets import lost, run_config
-from raytune_ft.train.kept import JobCheckpoints
+from raytune_ft.train.kept import place_of
 from raytune_ft.train.lease import Lease, check_holds, hold
 from raytune_ft.train.parts import missing_parts
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
 from raytune_ft.train.room import BusyCluster, find_room
 from raytune_ft.train.run import Run, name_inputs
-from raytune_ft.train.selection import kept_text
 from raytune_ft.train.trainer import Trainer, start_fit
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def train(
     base = base_identity(job.model.path)
     inputs = inputs_of(job, base)
     run, channel = Run(job), uuid.uuid4().hex
-    publish_from = "" if publish_step is None else _place_of(run, publish_step)
+    publish_from = "" if publish_step is None else place_of(run, publish_step)
     goes_on = not restart and publish_step is None
     if goes_on and (done := _done_before(run, inputs, on_event)):
         return done
@@ -138,23 +137,6 @@ def train(
         # As they were read: since they were listed for the first time this driver may have waited for hours.
         run.finish(result, assignment.data.inputs(base))
     return result
-
-
-def _place_of(run: Run, step: int) -> str:
-    """Where the kept checkpoint of a step stands in the run's folder, whoever kept it.
-
-    Raises:
-        SpecError: none of that step is kept.
-        StorageError: the store failed.
-    """
-    kept = {**JobCheckpoints(run.storage, keep=1).steps(), **run.kept_steps()}
-    if step not in kept:
-        remedy = "name one of them" if kept else "train the job first"
-        raise SpecError(
-            f"--publish-step {step}: {run.storage.uri} keeps no checkpoint of that step; {kept_text(kept)}; "
-            f"{remedy}, with the model, data, method, optimizer, schedule and batch of the run"
-        )
-    return kept[step]
 
 
 def _done_before(run: Run, inputs: str, on_event: OnEvent) -> dict[str, Any] | None:
