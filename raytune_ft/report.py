@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.chart import Chart, chart
 from raytune_ft.evaluate.scores import Scale, is_right, scale_of
 from raytune_ft.spec.scores import OTHER_TASKS
@@ -31,8 +32,9 @@ class RunReport:
     result: dict[str, Any]
     """The fields of the JSON line that `raytune-ft train --json` prints."""
     history: list[dict[str, Any]]
-    """One entry per step: step, loss, learning_rate, grad_norm, tokens, seconds, perhaps validation_loss and
-    source_losses: means of each source since the entry before that has them, None where it had no token."""
+    """One entry per step: step, loss, learning_rate, grad_norm, tokens, seconds, perhaps validation_loss,
+    validation_scores by name, and source_losses: means of each source since the entry before that has them,
+    None where it had no token."""
     scores_before: dict[str, float] | None
     scores_after: dict[str, float] | None
     samples: list[dict[str, Any]]
@@ -89,7 +91,7 @@ def write_report(report: RunReport, path: Path) -> None:
             report=report,
             headline=headline(report),
             loss=chart("Loss", report.history, "loss", dots="validation_loss"),
-            small_charts=_small_charts(report.history),
+            small_charts=[*_small_charts(report.history), *_validation_charts(report.history)],
             sources=source_rows(report),
             source_charts=_source_charts(report),
             scores=score_rows(
@@ -152,14 +154,13 @@ def usage_commands(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def outcome_texts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Notices, forgetting and gate of a result in words, by their titles; those that it has.
+    """Notices, published step, early stop, forgetting and gate of a result in words, by their titles.
 
     >>> outcome_texts({"forgetting": 0.0213})
     {'Forgetting': '+0.0213 in the token loss of other tasks'}
     """
-    texts = {}
-    if result.get("notices"):
-        texts["Notice"] = ". ".join(result["notices"])
+    texts = {"Notice": ". ".join(result["notices"])} if result.get("notices") else {}
+    texts |= selection_texts(result)
     if result.get("forgetting") is not None:
         texts["Forgetting"] = f"{result['forgetting']:+.4f} in the token loss of other tasks"
     gate = result.get("gate")
@@ -337,6 +338,22 @@ def _source_charts(report: RunReport) -> list[Chart]:
         return []
     curves = zip(sources, _source_curves(report), strict=True)
     return [chart(f"Loss of {source['uri']}", curve, "loss") for source, curve in curves if curve]
+
+
+def _validation_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """A chart for each score that was measured on the validation split while training."""
+    scored = [
+        (entry["step"], entry["validation_scores"]) for entry in history if "validation_scores" in entry
+    ]
+    names = dict.fromkeys(name for _, scores in scored for name in scores)
+    return [
+        chart(
+            f"{scale_of(name).label} on the validation split",
+            [{"step": step, "score": scores[name]} for step, scores in scored if name in scores],
+            "score",
+        )
+        for name in names
+    ]
 
 
 def _small_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:

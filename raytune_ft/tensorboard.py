@@ -45,6 +45,8 @@ def step_scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     }
     if "validation_loss" in entry:
         scalars["validation/loss"] = entry["validation_loss"]
+    scores = entry.get("validation_scores", {})
+    scalars |= {f"validation/{name}": value for name, value in scores.items()}
     losses = entry.get("source_losses", [])
     if len(losses) > 1:
         named = enumerate(losses)

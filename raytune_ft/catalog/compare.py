@@ -42,6 +42,7 @@ def _compared(record: AdapterRecord) -> dict[str, Any]:
         "data": record.data,
         "seed": record.seed,
         "steps": record.steps,
+        "published_step": record.published_step,
         "tokens": record.tokens,
         "learned_tokens": record.learned_tokens,
         "loss": record.loss,

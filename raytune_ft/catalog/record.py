@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +117,27 @@ class Signature(Entry):
     value: Annotated[str, _matching(_SIGNATURE, "an ed25519 signature: 128 of 0-9 and a-f")]
 
 
+class BestStep(Entry):
+    """Why a checkpoint was published: no other had a better value."""
+
+    metric: str
+    """Measured on the validation split: `validation_loss`, or a score."""
+    value: FiniteFloat
+    step: Count
+
+
+class StoppedEarly(Entry):
+    """Why training ended before its last step."""
+
+    step: Count
+    """Steps done by then."""
+    metric: str
+    patience: Count
+    """Validations in a row that were no better than `best_value`."""
+    best_value: FiniteFloat
+    best_step: Count
+
+
 class RecordDraft(Entry):
     """Where a trained adapter or model came from: all that is known before it is published."""
 
@@ -130,12 +152,13 @@ class RecordDraft(Entry):
     """Fingerprint and counts of the training data."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
     steps: Count
+    """That were trained; the weights may be those of an earlier one, see `published_step`."""
     tokens: Count
     """All tokens that were trained on, each time they were."""
     learned_tokens: Count
     """Those of them that had a label."""
     loss: FiniteFloat | None
-    """Mean over the learned tokens of the last step; None where nothing was trained."""
+    """Mean over the learned tokens of the published step; None where nothing was trained."""
     code_version: str
     library_versions: dict[str, str]
     machine: dict[str, str]
@@ -150,12 +173,23 @@ class RecordDraft(Entry):
     """What the scores do not tell by themselves, such as references that were longer than any answer."""
     forgetting: FiniteFloat | None = None
     """How much worse the model became at what it was not trained on; None where that was not measured."""
+    published_step: Count | None = None
+    """Whose weights these are, where a step was chosen; None: those of the last one."""
+    best: BestStep | None = None
+    """What it is the best by; None: it is the last step, or was named by hand."""
+    stopped_early: StoppedEarly | None = None
     parent: str | None = None
     """Reference of the version that training began from, if any."""
     merged_from: Annotated[tuple[str, ...], Field(max_length=MOST_SOURCES)] = ()
     """References of the versions whose weights were combined, if it was not trained."""
     origin: Origin | None = None
     """Where a copy comes from; `parent` and `merged_from` mean that catalog then."""
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """`steps`, `published_step`, `best` and `stopped_early` as plain values, where it has them."""
+        fields = {"steps", "published_step", "best", "stopped_early"}
+        return self.model_dump(include=fields, exclude_none=True)
 
 
 class AdapterRecord(RecordDraft):
@@ -264,8 +298,9 @@ def model_card(
         "Method": _code(json.dumps(draft.method)),
         "Data fingerprint": _code(str(draft.data.get("fingerprint", ""))),
         "Steps": f"{draft.steps:,}",
+        **selection_texts(draft.selection),
         "Tokens": f"{draft.tokens:,}, {draft.learned_tokens:,} of them learned",
-        "Final loss": "-" if draft.loss is None else f"{draft.loss:.4f}",
+        "Loss" if draft.published_step else "Final loss": "-" if draft.loss is None else f"{draft.loss:.4f}",
         "Seed": str(draft.seed),
         "raytune-ft": draft.code_version,
     }
@@ -281,6 +316,34 @@ def model_card(
         _loading(draft, auto_class, says_how_to_generate),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def selection_texts(said: Mapping[str, Any]) -> dict[str, str]:
+    """Which step was published and why, and why training ended early, by their titles; those that apply.
+
+    Args:
+        said: `steps` of a record or a result as plain values, with `published_step`, `best` and
+            `stopped_early` where it has them.
+
+    >>> selection_texts({"steps": 16, "published_step": 8})
+    {'Published step': '8, named by --publish-step'}
+    """
+    texts = {}
+    if (step := said.get("published_step")) is not None:
+        best = said.get("best")
+        texts["Published step"] = (
+            f"{step:,} of {said['steps']:,}, with the best {best['metric']}: {best['value']:.4g}"
+            if best
+            else f"{step:,}, named by --publish-step"
+        )
+    if (stopped := said.get("stopped_early")) is not None:
+        waited = stopped["patience"]
+        texts["Stopped early"] = (
+            f"after step {stopped['step']:,}: in {waited} validation{'' if waited == 1 else 's'} "
+            f"{stopped['metric']} was no better than {stopped['best_value']:.4g} of step "
+            f"{stopped['best_step']:,}"
+        )
+    return texts
 
 
 def _scores(draft: RecordDraft) -> str:

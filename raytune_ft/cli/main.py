@@ -76,11 +76,19 @@ def train(
         str | None, typer.Option(help="Folder for report and logs; runs/<name> where not given.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
+    publish_step: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEP", help="Train nothing: publish the kept checkpoint of this step."),
+    ] = None,
     no_cache: NoCache = False,
     wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Train a job and publish the result; the same command goes on where it was stopped."""
+    if restart and publish_step is not None:
+        raise SpecError(
+            "--restart forgets the checkpoints that --publish-step publishes from; give one of them"
+        )
     job = read_job(job_file, override)
     folder = _output_folder(output, job.name)
     from raytune_ft.cli.progress import ProgressDisplay, print_result
@@ -90,7 +98,15 @@ def train(
         display.update({"phase": "check"})
         from raytune_ft.train.launch import train as run
 
-        result = run(job, folder, restart=restart, cache=not no_cache, wait_s=wait, on_event=display.update)
+        result = run(
+            job,
+            folder,
+            restart=restart,
+            publish_step=publish_step,
+            cache=not no_cache,
+            wait_s=wait,
+            on_event=display.update,
+        )
     if as_json:
         print(json.dumps(result))  # noqa: T201  the one line that a program reads
     else:

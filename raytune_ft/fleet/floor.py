@@ -25,6 +25,7 @@ from raytune_ft.train.loop import Trainee
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.recipe import Trained
 from raytune_ft.train.recorder import Recorder
+from raytune_ft.train.selection import check_best
 from raytune_ft.train.workbench import Workbench
 
 _POLL_S = 0.2
@@ -233,6 +234,7 @@ class Floor:
             may_write=self._attendance.may_write,
             on_kept=lambda step: self._attendance.kept(job.name, step),
         )
+        check_best(position.history, job.best_by, keeping.kept)
         tokens = sum(entry["tokens"] for entry in position.history)
         recorder = Recorder(
             bench.engine,
@@ -245,6 +247,8 @@ class Floor:
             recipe.ledger.to_json,
             keeping,
             _NodeWarnings(self),
+            best_by=job.best_by,
+            stopping=job.schedule.early_stopping,
         )
         desk, lane = self._attendance.desk, self._attendance.lane
         # A job that goes on was told of when it began.
@@ -255,7 +259,7 @@ class Floor:
         self._seats[job.name] = seat
         return Trainee(
             bench.engine,
-            _without_panics(steps),
+            recorder.until_stopped(_without_panics(steps)),
             position.step,
             recipe.learning_rate,
             recorder,
@@ -298,7 +302,8 @@ class Floor:
         with disk_errors(str(self._folder)):
             folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
-            return seat.ready.recipe.finish(seat.bench, seat.recorder.finish(), folder)
+            position = seat.recorder.finish()
+            return seat.ready.recipe.finish(seat.bench, position, folder, seat.keeping.fetch)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -16,10 +16,10 @@ from raytune_ft.data.prepare import prepare
 from raytune_ft.errors import BadInput, DataError, TrainingError
 from raytune_ft.fleet.attendance import Attendance, LaneUnfit
 from raytune_ft.fleet.blame import Blame
-from raytune_ft.fleet.checkpoints import JobCheckpoints
 from raytune_ft.fleet.desk import Order, Taken
 from raytune_ft.storage import Storage, disk_errors
 from raytune_ft.train.assignment import Assignment, TrainingData
+from raytune_ft.train.kept import JobCheckpoints
 from raytune_ft.train.lease import EXPIRES_S, newest_entry
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.placement import Placement
@@ -99,7 +99,7 @@ class Preparing:
         state = run.begin(data.fingerprint, self.identity, anew=True)
         assignment = Assignment(job, state, TrainingData.of(job, data, others), self.channel, self.placement)
         recipe = Recipe(assignment, Peers(), lambda _: None)
-        checkpoints = JobCheckpoints(run.storage, job.checkpoint)
+        checkpoints = JobCheckpoints(run.storage, keep=job.checkpoint.keep, best_by=job.best_by)
         with disk_errors(str(self.folder)):
             folder = Path(tempfile.mkdtemp(dir=self.folder))
         checkpoint = folder if checkpoints.restore(folder) is not None else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.chart import Overlay, Tick, overlay
 from raytune_ft.fleet.events import FleetPlanned, FleetResult, JobDone, JobOutcome
 from raytune_ft.fleet.lane_times import LaneTime, Span, in_rows, lane_times
@@ -145,8 +146,11 @@ def _job_row(job: JobOutcome, base: str, losses: Losses, metrics: Sequence[str])
 
 
 def _note(result: Mapping[str, Any]) -> str:
+    """What a finished job has to say beside its figures: notices, which step it published, its gate."""
     texts = outcome_texts(result)
-    return ". ".join(texts[title] for title in ("Notice", "Gate") if title in texts)
+    notices = [texts["Notice"]] if "Notice" in texts else []
+    chosen = [f"{title.lower()}: {text}" for title, text in selection_texts(result).items()]
+    return "; ".join([*notices, *chosen, *([texts["Gate"]] if "Gate" in texts else [])])
 
 
 def _version_text(job: str, result: Mapping[str, Any]) -> str:

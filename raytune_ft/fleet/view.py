@@ -336,6 +336,10 @@ def done_text(result: Mapping[str, Any]) -> str:
         examples = examples_of(result).get(name)
         of = "" if examples is None else f" of {examples:,}"
         parts.append(f"{scale.label.lower()} {was}{scale.text(scores[name])}{of}")
+    if (stopped := result.get("stopped_early")) is not None:
+        parts.append(f"stopped early after step {stopped['step']:,}")
+    if (step := result.get("published_step")) is not None:
+        parts.append(f"step {step:,} of {result['steps']:,} published")
     gate = result.get("gate")
     refused = "" if gate is None or gate["passed"] else f", but the gate of {gate['alias']} refused"
     return ", ".join([*parts, f"{result['adapter']}@v{result['version']}{refused}"])

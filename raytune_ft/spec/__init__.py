@@ -6,7 +6,6 @@ from raytune_ft.spec.fleet import FleetSpec, ForEachSpec, LanesSpec
 from raytune_ft.spec.fleet_file import parse_fleet, read_fleet, read_job_or_fleet
 from raytune_ft.spec.job import (
     BatchSpec,
-    CheckpointSpec,
     ClusterSpec,
     JobSpec,
     ModelSpec,
@@ -16,6 +15,7 @@ from raytune_ft.spec.job import (
 from raytune_ft.spec.method import FullSpec, LoraSpec, MethodSpec, TrainOnlySpec, UnfreezeSpec
 from raytune_ft.spec.read import parse_job, read_job
 from raytune_ft.spec.scores import EvaluateSpec, ForgettingSpec, Metric, PublishSpec
+from raytune_ft.spec.selection import CheckpointSpec, EarlyStoppingSpec
 from raytune_ft.spec.values import Section
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointSpec",
     "ClusterSpec",
     "DataSpec",
+    "EarlyStoppingSpec",
     "EvaluateSpec",
     "FieldsSpec",
     "FleetSpec",

@@ -21,6 +21,7 @@ from pydantic import (
 from raytune_ft.spec.data import DataSpec
 from raytune_ft.spec.method import FullSpec, LoraSpec, MethodSpec
 from raytune_ft.spec.scores import FORGETTING, OTHER_TASKS, SCORES, TOKEN_LOSS, EvaluateSpec, PublishSpec
+from raytune_ft.spec.selection import CheckpointSpec, EarlyStoppingSpec
 from raytune_ft.spec.values import Fraction, Location, Name, Section
 
 
@@ -72,6 +73,8 @@ class ScheduleSpec(Section):
     warmup: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
     """Fraction of the steps in which the learning rate rises linearly from zero."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop where the validation split no longer gets better, and publish the best; null: take all steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "ScheduleSpec":
@@ -138,14 +141,6 @@ class ClusterSpec(Section):
         return self
 
 
-class CheckpointSpec(Section):
-    every_steps: PositiveInt = 100
-    keep: PositiveInt = 2
-    """So many stay: the newest, or those that `keep_best` chooses."""
-    keep_best: bool = False
-    """Keep those with the lowest validation loss, and the last one beside them."""
-
-
 class JobSpec(Section):
     name: Name
     model: ModelSpec
@@ -173,6 +168,13 @@ class JobSpec(Section):
             return own
         return (*own, *(OTHER_TASKS + name for name in scores), FORGETTING)
 
+    @property
+    def best_by(self) -> str | None:
+        """What the published checkpoint is the best by; None: the last one is published."""
+        if self.checkpoint.keep_best:
+            return self.checkpoint.best_by
+        return None if self.schedule.early_stopping is None else self.schedule.early_stopping.metric
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "JobSpec":
         if self.cluster.most_workers > self.batch.sequences:
@@ -195,14 +197,25 @@ class JobSpec(Section):
                 f"method.kind = full trains every weight, and model.weight_bits = {self.model.weight_bits} "
                 "holds them frozen; use 16 or 32, or method.kind = lora"
             )
-        if self.checkpoint.keep_best and not self.data.split.validation:
-            raise ValueError(
-                "checkpoint.keep_best chooses by validation loss, and data.split.validation = 0 measures "
-                "none; raise it, or remove keep_best"
-            )
         if self.data.mixture.stop == "steps" and self.schedule.steps is None:
             raise ValueError(
                 "data.mixture.stop = steps never ends an epoch; set schedule.steps, or choose another stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_are_measured(self) -> "JobSpec":
+        if self.data.split.validation:
+            return self
+        if self.checkpoint.keep_best:
+            raise ValueError(
+                f"checkpoint.keep_best chooses by {self.checkpoint.best_by}, and data.split.validation = 0 "
+                "measures none; raise it, or remove keep_best"
+            )
+        if (stopping := self.schedule.early_stopping) is not None:
+            raise ValueError(
+                f"schedule.early_stopping watches {stopping.metric}, and data.split.validation = 0 measures "
+                "none; raise it, or remove early_stopping"
             )
         return self
 

@@ -89,6 +89,10 @@ class Assignment:
     channel: str
     """Where the workers' events go: another for each launch, so that nobody reads an earlier driver's."""
     placement: Placement
+    publish_step: int | None = None
+    """Publish the kept checkpoint of this step, and train nothing; None: train."""
+    publish_from: str = ""
+    """Where it stands in the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from raytune_ft.errors import RaytuneError, StorageError, TrainingError
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import arrow_filesystem
 from raytune_ft.train.run import Run
+from raytune_ft.train.selection import higher_is_better
 
 _CREDENTIALS = re.compile(r"//[^\s\"']*@")
 
@@ -27,8 +28,8 @@ def run_config(job: JobSpec, run: Run) -> RunConfig:
         ),
         checkpoint_config=CheckpointConfig(
             num_to_keep=job.checkpoint.keep,
-            checkpoint_score_attribute="validation_loss" if job.checkpoint.keep_best else None,
-            checkpoint_score_order="min",
+            checkpoint_score_attribute=job.best_by,
+            checkpoint_score_order="max" if job.best_by and higher_is_better(job.best_by) else "min",
         ),
     )
 

@@ -38,6 +38,7 @@ from raytune_ft.storage import disk_errors
 from raytune_ft.tensorboard import ScalarLog, step_scalars
 from raytune_ft.train.assignment import Assignment, Outcome, TrainingData, train_worker
 from raytune_ft.train.budgets import lost, run_config
+from raytune_ft.train.kept import place_of
 from raytune_ft.train.lease import Lease, check_holds, hold
 from raytune_ft.train.parts import missing_parts
 from raytune_ft.train.progress import Event, EventReader, recorded_failure
@@ -66,6 +67,7 @@ def train(
     output: Path,
     *,
     restart: bool = False,
+    publish_step: int | None = None,
     cache: bool = True,
     wait_s: float = 0.0,
     on_event: OnEvent = lambda _: None,
@@ -76,6 +78,8 @@ def train(
         job: the checked job file.
         output: local folder for report, resolved job, result, quarantine and TensorBoard scalars.
         restart: forget the run's checkpoints and result, and begin anew.
+        publish_step: train nothing, and publish the kept checkpoint of this step as a version of its own; the
+            run and its result stay as they are.
         cache: keep tokenised windows in the catalog's bucket, and take from there what another run tokenised.
         wait_s: how long to wait for an autoscaler to add the nodes that the job asks for.
         on_event: hears of every phase and step while the run goes on.
@@ -99,23 +103,37 @@ def train(
     base = base_identity(job.model.path)
     inputs = inputs_of(job, base)
     run, channel = Run(job), uuid.uuid4().hex
-    if not restart and (done := _done_before(run, inputs, on_event)):
+    publish_from = "" if publish_step is None else place_of(run, publish_step)
+    goes_on = not restart and publish_step is None
+    if goes_on and (done := _done_before(run, inputs, on_event)):
         return done
     with hold(run.storage, channel, on_wait=lambda line: on_event({"phase": line})) as lease:
         # While this driver waited for the lease, another may have come to the end.
-        if not restart and (done := _done_before(run, inputs, on_event)):
+        if goes_on and (done := _done_before(run, inputs, on_event)):
             return done
         if restart:
             run.clear()
         _prepare_output(job, output)
         assignment, outcome = _train_held(
-            job, run, base, lease, channel, output, cache=cache, wait_s=wait_s, on_event=on_event
+            job,
+            run,
+            base,
+            lease,
+            channel,
+            output,
+            publish_step=publish_step,
+            publish_from=publish_from,
+            cache=cache,
+            wait_s=wait_s,
+            on_event=on_event,
         )
         result = {**outcome.result, "seconds": time.perf_counter() - began}
         if outcome.bad:
             write_quarantine(outcome.bad, output / _QUARANTINE_FILE)
         _keep(assignment, result, outcome, output)
         check_holds(run.storage, channel)
+        if publish_step is not None:
+            return result
         # As they were read: since they were listed for the first time this driver may have waited for hours.
         run.finish(result, assignment.data.inputs(base))
     return result
@@ -137,6 +155,8 @@ def _train_held(
     channel: str,
     output: Path,
     *,
+    publish_step: int | None,
+    publish_from: str,
     cache: bool,
     wait_s: float,
     on_event: OnEvent,
@@ -156,8 +176,9 @@ def _train_held(
             others = read_other_tasks(job, tokenizer=tokenizer, cache=cache)
             # The renewal may be late; what was left behind is deleted now.
             check_holds(run.storage, channel)
-            state = run.begin(data.fingerprint, base)
-            assignment = Assignment(job, state, TrainingData.of(job, data, others), channel, placement)
+            begin = run.begin if publish_step is None else run.go_back
+            state, training = begin(data.fingerprint, base), TrainingData.of(job, data, others)
+            assignment = Assignment(job, state, training, channel, placement, publish_step, publish_from)
             on_event({"phase": "start"})
             outcome = _run_workers(assignment, run, lease, output, on_event, own_cluster=own_cluster)
             return assignment, outcome

@@ -1,14 +1,14 @@
 """Publishing what was trained: files in the layout that others load, and the record of where it came from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft import __version__
 from raytune_ft.catalog import AdapterRecord, BaseModelRef, Catalog, RecordDraft, Signer
 from raytune_ft.catalog.gate import refusals, verdict
-from raytune_ft.catalog.record import publishable_files
+from raytune_ft.catalog.record import BestStep, StoppedEarly, publishable_files
 from raytune_ft.generation_files import write_generation_config, write_tokenizer
 from raytune_ft.merge.result import write_card_and_job
 from raytune_ft.methods import METHODS, saving
@@ -18,6 +18,7 @@ from raytune_ft.spec import JobSpec
 from raytune_ft.train.assess import forgetting
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.run import RunState, digest
+from raytune_ft.train.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,6 +86,7 @@ def publish(
     folder: Path,
     task: Task,
     signer: Signer | None,
+    selection: Selection,
 ) -> AdapterRecord:
     """Publish the trained model as the next version; a retry of the same attempt finds its own version.
 
@@ -94,14 +96,20 @@ def publish(
     Raises:
         StorageError: the catalog cannot be written; nothing of the version is visible.
     """
-    draft = _draft(job, position, data, measured)
+    draft = _draft(job, position, data, measured, selection)
     with saving(folder):
         write_card_and_job(draft, folder, _AUTO_CLASSES[task])
     catalog, files = Catalog.at(job.publish.catalog), publishable_files(folder)
-    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data), signer=signer)
+    return catalog.publish(draft, files, publish_id=_publish_id(job, state, data, selection), signer=signer)
 
 
-def _draft(job: JobSpec, position: Position, data: dict[str, Any], measured: Measured | None) -> RecordDraft:
+def _draft(
+    job: JobSpec,
+    position: Position,
+    data: dict[str, Any],
+    measured: Measured | None,
+    selection: Selection,
+) -> RecordDraft:
     scores_before = position.before["scores"] if position.before else None
     return RecordDraft(
         adapter=job.adapter_name,
@@ -114,7 +122,7 @@ def _draft(job: JobSpec, position: Position, data: dict[str, Any], measured: Mea
         steps=position.step,
         tokens=sum(entry["tokens"] for entry in position.history),
         learned_tokens=sum(entry["learned_tokens"] for entry in position.history),
-        loss=position.history[-1]["loss"],
+        loss=position.history[selection.step - 1]["loss"],
         code_version=__version__,
         library_versions=library_versions(),
         machine=machine(),
@@ -125,13 +133,26 @@ def _draft(job: JobSpec, position: Position, data: dict[str, Any], measured: Mea
         notices=measured.notices if measured else (),
         forgetting=forgetting(scores_before, measured.scores if measured else None),
         parent=None,
+        **_chosen(selection),
     )
 
 
-def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any]) -> str:
+def _chosen(selection: Selection) -> dict[str, Any]:
+    """What the record says of the step; nothing where the last one is published, as always."""
+    best, stopped = selection.best, selection.stopped
+    return {
+        "published_step": selection.step if best or selection.asked_for else None,
+        "best": BestStep(**asdict(best)) if best else None,
+        "stopped_early": StoppedEarly(**asdict(stopped)) if stopped else None,
+    }
+
+
+def _publish_id(job: JobSpec, state: RunState, data: dict[str, Any], selection: Selection) -> str:
     # Asked about other examples of other tasks, the same weights are another version: it has other scores.
     others = data.get("other_tasks")
-    return f"{state.publish_id(job)}-{digest(others)[:12]}" if others else state.publish_id(job)
+    asked = f"-{digest(others)[:12]}" if others else ""
+    step = f"-step-{selection.step}" if selection.asked_for else ""
+    return f"{state.publish_id(job)}{asked}{step}"
 
 
 def move_alias(job: JobSpec, record: AdapterRecord) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """What is done with a job, whoever trains it: ask the base, train, ask again, publish."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,11 @@ from raytune_ft.data.counts import Counts
 from raytune_ft.data.examples import SCHEMA, decode
 from raytune_ft.data.ledger import Ledger
 from raytune_ft.data.survey import content_of
+from raytune_ft.errors import DataError
 from raytune_ft.models import Task, task_of
 from raytune_ft.spec import EvaluateSpec, JobSpec
-from raytune_ft.spec.scores import OTHER_TASKS
+from raytune_ft.spec.scores import OTHER_TASKS, SCORES, TOKEN_LOSS
+from raytune_ft.spec.selection import VALIDATION_LOSS
 from raytune_ft.train.assess import Asked, Assessment, ask, assess, split_loss
 from raytune_ft.train.assignment import Assignment, TrainingData
 from raytune_ft.train.batch import Layout, Step
@@ -23,6 +25,7 @@ from raytune_ft.train.feed import open_feed
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.publish import Measured, move_alias, publish, write_beside_weights
 from raytune_ft.train.schedule import learning_rate
+from raytune_ft.train.selection import Selection, choose, decided_by
 from raytune_ft.train.steps import Steps, ahead
 from raytune_ft.train.workbench import Workbench
 
@@ -51,6 +54,8 @@ class Trained:
     tokenizer: "PreTrainedTokenizerBase"
     task: Task
     peak_memory_bytes: int
+    selection: Selection
+    """Whose weights these are: of which step, and why."""
 
 
 class Recipe:
@@ -63,6 +68,9 @@ class Recipe:
             assignment: the job.
             peers: the workers that train it.
             tell_phase: hears of what takes long, on the first worker alone.
+
+        Raises:
+            DataError: the job depends on what its validation split cannot measure.
         """
         self.job = assignment.job
         self._state = assignment.state
@@ -72,8 +80,14 @@ class Recipe:
         self.ledger = _ledger(self.job, self._data)
         """What is known of the data that was read."""
         # Where weights are divided, one worker alone cannot ask the model anything.
-        asks = peers.rank == 0 or self.job.cluster.zero_stage
-        self._validation, self._test, self._others = _held_out(self._data if asks else None)
+        self._asks = peers.rank == 0 or bool(self.job.cluster.zero_stage)
+        self._validation, self._test, self._others = _held_out(self._data if self._asks else None)
+        self._publish_step = assignment.publish_step
+        names = decided_by(self.job.best_by, self.job.schedule.early_stopping)
+        self._validated = tuple(name for name in names if name != VALIDATION_LOSS)
+        """Scores of the validation split that the job depends on."""
+        if names and self._asks and self._publish_step is None:
+            _check_measurable(self.job, self._validation, self._validated)
 
     @property
     def total_steps(self) -> int:
@@ -147,10 +161,40 @@ class Recipe:
             examples=own.examples | {OTHER_TASKS + name: count for name, count in other.examples.items()},
         )
 
-    def validate(self, bench: Workbench) -> float | None:
-        """Mean loss of the validation split; None without one, or where another worker measures it."""
+    def validate(self, bench: Workbench) -> Mapping[str, float]:
+        """The validation split's mean loss, and the scores that the job depends on, by name.
+
+        Empty without such a split, or where another worker measures it.
+
+        Raises:
+            Diverged: a score is not finite, or beside a score the loss.
+        """
+        if self._validated:
+            return self._validation_scores(bench)
         chosen = self._validation.sample(self.job.evaluate.max_examples)
-        return split_loss(bench.engine, chosen, bench.layout, self.job.batch.sequences) if chosen else None
+        if not chosen:
+            return {}
+        return {VALIDATION_LOSS: split_loss(bench.engine, chosen, bench.layout, self.job.batch.sequences)}
+
+    def _validation_scores(self, bench: Workbench) -> Mapping[str, float]:
+        if not len(self._validation):
+            return {}
+        metrics = tuple(metric for metric, names in SCORES.items() if {*names} & {*self._validated})
+        spec = self.job.evaluate.model_copy(update={"metrics": metrics})
+        end_ids = self._data.described["end_ids"]
+        asked = ask(self._validation, spec, bench.model, bench.tokenizer, end_ids)
+        found = assess(
+            bench.model,
+            bench.tokenizer,
+            bench.engine,
+            self._validation,
+            asked,
+            bench.layout,
+            spec,
+            end_ids,
+            of="validation split",
+        ).scores
+        return {VALIDATION_LOSS: found[TOKEN_LOSS], **{name: found[name] for name in self._validated}}
 
     @contextmanager
     def steps(self, layout: Layout, start: int) -> Iterator[Iterator[Step]]:
@@ -165,16 +209,37 @@ class Recipe:
         """Of a step, by its number."""
         return learning_rate(step, self.total_steps, self.job.schedule, self.job.optimizer.learning_rate)
 
-    def finish(self, bench: Workbench, position: Position, folder: Path) -> Trained | None:
-        """Assess the trained model and write it into `folder`; all workers call it together.
+    def finish(
+        self,
+        bench: Workbench,
+        position: Position,
+        folder: Path,
+        fetch: Callable[[int], AbstractContextManager[Path]],
+    ) -> Trained | None:
+        """Go back to the step that is published, assess it and write it into `folder`.
+
+        All workers call it together.
+
+        Args:
+            bench: of the job, at `position`.
+            position: where training ended, or where the checkpoint stands that is published.
+            folder: for the weights.
+            fetch: gives the folder of a kept checkpoint.
 
         Returns:
             What the first worker publishes; None on the others.
 
         Raises:
             Diverged: a score is not finite.
-            StorageError: the disk fails or is full.
+            SpecError: the best step is published, and nothing finite was measured.
+            StorageError: the disk fails or is full, or the checkpoint cannot be had.
         """
+        selection = self._select(position)
+        if selection.step != position.step and self._asks:
+            if self._peers.rank == 0:
+                self._tell_phase(f"Going back to step {selection.step}, the best of {position.step}")
+            with fetch(selection.step) as checkpoint:
+                bench.engine.load(checkpoint)
         asked = self._asked(bench)
         after = self.assess(bench, asked, "evaluate after")
         bench.write_result(self.job, folder, self._peers.rank)
@@ -190,7 +255,13 @@ class Recipe:
             bench.tokenizer,
             task_of(bench.model),
             bench.engine.peak_memory_bytes(),
+            selection,
         )
+
+    def _select(self, position: Position) -> Selection:
+        if self._publish_step is not None:
+            return Selection(position.step, asked_for=True)
+        return choose(self.job, position.history, self.total_steps)
 
     def publish(self, trained: Trained, signer: Signer | None, seconds: float) -> dict[str, Any]:
         """Publish what was trained, once for all retries, and move the alias; the job's result.
@@ -212,6 +283,7 @@ class Recipe:
             trained.folder,
             trained.task,
             signer,
+            trained.selection,
         )
         return _result(self.job, record, move_alias(self.job, record), trained, seconds)
 
@@ -287,6 +359,24 @@ def _held_out(data: TrainingData | None) -> tuple[Examples, Examples, Examples]:
     return Examples(tables, "validation"), Examples(tables, "test"), Examples([others], "train")
 
 
+def _check_measurable(job: JobSpec, validation: Examples, scores: Sequence[str]) -> None:
+    """Refuse a job that depends on what its validation split cannot measure, before any training.
+
+    Raises:
+        DataError: says why.
+    """
+    if not len(validation):
+        raise DataError(
+            f"data.split.validation = {job.data.split.validation:g} holds out no example, and "
+            "checkpoint.keep_best and schedule.early_stopping need some; raise it, or give more data"
+        )
+    if scores and not validation.questions(job.evaluate.max_examples):
+        raise DataError(
+            f"{scores[0]} cannot be measured on the validation split: none of its examples has a prompt and "
+            "a reference; use validation_loss instead"
+        )
+
+
 def _ledger(job: JobSpec, data: TrainingData) -> Ledger:
     counted = data.course.counted
     return Ledger(
@@ -318,7 +408,7 @@ def _result(
         "adapter": record.adapter,
         "version": record.version,
         "uri": record.uri(job.publish.catalog),
-        "steps": position.step,
+        **record.selection,
         "loss": record.loss,
         "scores_before": record.scores_before,
         "scores_after": record.scores_after,

@@ -1,16 +1,31 @@
 """What happens beside the loop: events for whoever watches, validation, checkpoints."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_ft.catalog.record import selection_texts
+from raytune_ft.spec import EarlyStoppingSpec
+from raytune_ft.spec.selection import VALIDATION_LOSS
+from raytune_ft.train.batch import Step
 from raytune_ft.train.checkpoint import Position, with_position
 from raytune_ft.train.engine import Engine, Snapshot
 from raytune_ft.train.loop import StepReport, source_losses
 from raytune_ft.train.peers import Peers
 from raytune_ft.train.preemption import Notices
 from raytune_ft.train.progress import Event
+from raytune_ft.train.selection import (
+    SCORES,
+    EarlyStop,
+    best_of,
+    decided_by,
+    ranking_value,
+    stopped_early,
+    value_of,
+)
 from raytune_ft.train.uploads import Upload
 
 _EVENT_INTERVAL_S = 0.2
@@ -27,8 +42,29 @@ class Events(Protocol):
 class Keeping(Protocol):
     """Where checkpoints go."""
 
-    def send(self, take: Callable[[], Snapshot | None], metrics: dict[str, Any], *, wait: bool) -> None:
-        """Keep the snapshot that `take` makes; `wait`: something depends on that it is kept."""
+    def send(
+        self, take: Callable[[], Snapshot | None], metrics: dict[str, Any], *, wait: bool, needed: bool
+    ) -> None:
+        """Keep the snapshot that `take` makes.
+
+        Args:
+            take: makes it; None where this worker has no part of it.
+            metrics: `step`, and what the checkpoints that stay are chosen by.
+            wait: the run cannot go on before it is kept.
+            needed: it must not be left out, because it is the best so far and may be published.
+        """
+        ...
+
+    def kept(self) -> Collection[int]:
+        """Steps of the checkpoints that are kept, once all that were sent are."""
+        ...
+
+    def fetch(self, step: int) -> AbstractContextManager[Path]:
+        """Within, a folder with the files of a kept checkpoint.
+
+        Raises:
+            StorageError: it is not there, or cannot be had.
+        """
         ...
 
     def finished(self) -> Sequence[Upload]:
@@ -57,11 +93,14 @@ class Recorder:
         total_steps: int,
         every_steps: int,
         events: Events,
-        validate: Callable[[], float | None],
+        validate: Callable[[], Mapping[str, float]],
         peers: Peers,
         data: Callable[[], dict[str, Any]],
         uploads: Keeping,
         warnings: Warnings | None = None,
+        *,
+        best_by: str | None = None,
+        stopping: EarlyStoppingSpec | None = None,
     ) -> None:
         """Go on from `position`.
 
@@ -71,11 +110,13 @@ class Recorder:
             total_steps: steps of the run; an estimate where the examples are not counted.
             every_steps: steps from checkpoint to checkpoint.
             events: to the driver.
-            validate: mean loss of the validation split, None without one, or where others measure it.
+            validate: measures the validation split, by name; empty without one, or where others measure it.
             peers: the workers of the run.
             data: what a checkpoint has to keep of the data; see `Position.data`.
             uploads: where checkpoints go.
             warnings: of the loss of a node; None: Ray Train is asked.
+            best_by: what the best checkpoint is chosen by; None: the last one is published.
+            stopping: when training stops early; None: never.
         """
         self._position = position
         self._history = list(position.history)
@@ -88,6 +129,11 @@ class Recorder:
         self._data = data
         self._uploads = uploads
         self._warnings = warnings or Notices(peers, position.step)
+        self._best_by = best_by
+        self._stopping = stopping
+        self._decided_by = decided_by(best_by, stopping)
+        self.stopped: EarlyStop | None = stopped_early(self._history, stopping)
+        """Where training stopped early, once it has."""
         self._since_due: list[StepReport] = []
         """Reports of the steps since the last checkpoint. A run goes on from one, where this is empty."""
         self._unsent: list[dict[str, Any]] = []
@@ -104,10 +150,24 @@ class Recorder:
         noticed = self._warnings.new(report.step)
         if noticed and not last:
             self._keep_before_loss()
-        elif last or report.step % self._every_steps == 0:
+        elif self._is_due(report.step):
             self._keep(wait=last)
         if last or time.monotonic() - self._sent_at > _EVENT_INTERVAL_S:
             self._send()
+
+    def until_stopped(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The steps, for as long as training does not stop early; all workers come to the same end.
+
+        What has to be measured before the next step changes the weights is measured here: a checkpoint that
+        was kept in a hurry was not, and the result must not depend on whether a node was about to go.
+        """
+        source = iter(steps)
+        while True:
+            if self._history and self._is_due(len(self._history)):
+                self._measure_newest()
+            if self.stopped is not None or (step := next(source, None)) is None:
+                return
+            yield step
 
     def finish(self) -> Position:
         """Keep a checkpoint of the last step, if that is still to be done; where the run stands then.
@@ -115,13 +175,26 @@ class Recorder:
         Only the end of the data shows which step is the last where their number was estimated.
         """
         if self._since_due:
-            newest = self._history[-1]
-            # It may have been sent before it was known to be the last.
-            self._unsent = [*(entry for entry in self._unsent if entry is not newest), newest]
-            self._keep(wait=True)
+            self._keep_newest()
+        elif self._history:
+            self._measure_newest()
         if self._unsent:
             self._send()
         return self._here()
+
+    def _is_due(self, step: int) -> bool:
+        return step == self._total_steps or step % self._every_steps == 0
+
+    def _measure_newest(self) -> None:
+        """Measure the newest step if the run depends on that and it was not done; keep a checkpoint of it."""
+        if any(value_of(self._history[-1], name) is None for name in self._decided_by):
+            self._keep_newest()
+
+    def _keep_newest(self) -> None:
+        newest = self._history[-1]
+        # It may have been sent before it was complete.
+        self._unsent = [*(entry for entry in self._unsent if entry is not newest), newest]
+        self._keep(wait=True)
 
     def _here(self) -> Position:
         return replace(self._position, step=len(self._history), history=self._history, data=self._data())
@@ -136,24 +209,48 @@ class Recorder:
     def _keep(self, *, wait: bool, validated: bool = True) -> None:
         """Complete the newest entry and keep a checkpoint. All workers do so at the same step."""
         newest = self._history[-1]
-        newest["source_losses"] = source_losses(self._since_due)
+        if self._since_due:
+            newest["source_losses"] = source_losses(self._since_due)
         self._since_due = []
-        if validated and (loss := self._validate()) is not None:
-            newest["validation_loss"] = loss
+        if validated:
+            self._measure(newest)
         here = self._here()
 
         def take() -> Snapshot | None:
             snapshot = self._engine.snapshot()
             return with_position(snapshot, here) if snapshot and self._peers.rank == 0 else snapshot
 
-        metrics: dict[str, Any] = {
-            name: newest[name] for name in ("step", "validation_loss") if name in newest
-        }
+        metrics: dict[str, Any] = {name: newest[name] for name in ("step", VALIDATION_LOSS) if name in newest}
+        if self._best_by is not None:
+            metrics[self._best_by] = ranking_value(self._history, self._best_by)
         began = time.monotonic()
-        self._uploads.send(take, metrics, wait=wait)
+        stops = self.stopped is not None
+        self._uploads.send(take, metrics, wait=wait or stops, needed=self._newest_is_best())
         newest["checkpoint_seconds"] = time.monotonic() - began
         for upload in self._uploads.finished():
             self._history[upload.step - 1]["upload_seconds"] = upload.seconds
+
+    def _measure(self, newest: dict[str, Any]) -> None:
+        """Measure the validation split; what decides about the run is the same on all workers."""
+        measured = dict(self._validate())
+        if self._decided_by:
+            first = self._peers.rank == 0
+            mine = [measured[name] if first else 0.0 for name in self._decided_by]
+            measured |= zip(self._decided_by, self._peers.sum(mine), strict=True)
+        if (loss := measured.pop(VALIDATION_LOSS, None)) is not None:
+            newest[VALIDATION_LOSS] = loss
+        if measured:
+            newest[SCORES] = measured
+        self.stopped = stopped_early(self._history, self._stopping)
+        if self.stopped is not None and newest["step"] < self._total_steps and self._peers.rank == 0:
+            texts = selection_texts({"stopped_early": asdict(self.stopped)})
+            self._events.write({"phase": f"Stopping early {texts['Stopped early']}"})
+
+    def _newest_is_best(self) -> bool:
+        if self._best_by is None:
+            return False
+        best = best_of(self._history, self._best_by)
+        return best is not None and best.step == len(self._history)
 
     def _send(self) -> None:
         if self._peers.rank == 0:

@@ -4,18 +4,27 @@ import hashlib
 import json
 import uuid
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from raytune_ft.errors import DataError, ModelError, StorageError
 from raytune_ft.spec import JobSpec
-from raytune_ft.storage import Storage, open_storage
+from raytune_ft.spec.selection import VALIDATION_LOSS
+from raytune_ft.storage import Storage, disk_errors, open_storage
 from raytune_ft.train.lease import LEASE
 
 _TRAINING_SECTIONS = ("model", "data", "method", "optimizer", "schedule", "batch")
 _HOW_IT_FITS = {"model": ("resident", "gradient_checkpointing"), "batch": ("sequences_per_worker",)}
 """Fields that make a run fit its device: one that did not must be able to go on with others."""
-_HOW_LONG_IT_LASTS = {"cluster": ("max_restarts", "max_preemptions"), "checkpoint": None}
-"""Fields, None for all of a section, that are no part of what a job asks for: done stays done with others."""
+_HOW_LONG_IT_LASTS = {"cluster": ("max_restarts", "max_preemptions"), "checkpoint": ("every_steps", "keep")}
+"""Fields that are no part of what a job asks for: done stays done with others."""
+_LATER: dict[str, dict[str, Any]] = {
+    "schedule": {"early_stopping": None},
+    "checkpoint": {"best_by": VALIDATION_LOSS},
+    "data": {"turns": "all", "thoughts": "keep", "max_too_long_fraction": 0.9},
+}
+_LATER_OF_SOURCES: dict[str, Any] = {"ignore": [], "on_lost": "refuse"}
+"""Fields that older jobs do not have, with what those said by it: where they say so, they do not count."""
 _STATE_FILE = "run.json"
 _RESULT_FILE = "result.json"
 _CHECKPOINTS = "checkpoint_"
@@ -32,11 +41,28 @@ def digest(value: Any) -> str:
 
 def asked_of(job: JobSpec) -> str:
     """Names what a job asks for: jobs that have it equal, on equal inputs, have one result."""
-    asked = job.resolved()
+    asked = _as_older(job.resolved())
     for section, fields in _HOW_LONG_IT_LASTS.items():
-        kept = {} if fields is None else {n: v for n, v in asked[section].items() if n not in fields}
-        asked[section] = kept
+        asked[section] = {name: v for name, v in asked[section].items() if name not in fields}
+    if not job.checkpoint.keep_best:
+        del asked["checkpoint"]["keep_best"]
     return digest(asked)
+
+
+def _as_older(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A resolved job as it was before `_LATER`: what was done under its name then keeps it."""
+    found = {**resolved, **{section: _without(resolved[section], _LATER[section]) for section in _LATER}}
+    found["data"]["sources"] = [_without(source, _LATER_OF_SOURCES) for source in found["data"]["sources"]]
+    forgetting = found["evaluate"]["forgetting"]
+    if forgetting is not None:
+        sources = [_without(source, _LATER_OF_SOURCES) for source in forgetting["sources"]]
+        found["evaluate"] = {**found["evaluate"], "forgetting": {**forgetting, "sources": sources}}
+    return found
+
+
+def _without(section: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A section without the fields that have these values."""
+    return {name: v for name, v in section.items() if name not in values or v != values[name]}
 
 
 def name_inputs(data_fingerprint: str, base: str, others_fingerprint: str | None) -> str:
@@ -64,7 +90,7 @@ class Run:
     """The folder `<catalog>/runs/<job>/<id>`; the id covers what changes the result by more than rounding."""
 
     def __init__(self, job: JobSpec) -> None:
-        resolved = job.resolved()
+        resolved = _as_older(job.resolved())
         covered = {section: resolved[section] for section in _TRAINING_SECTIONS}
         for section, names in _HOW_IT_FITS.items():
             covered[section] = {name: v for name, v in covered[section].items() if name not in names}
@@ -102,15 +128,44 @@ class Run:
             if found.key != _CHECKPOINT_LIST and found.key.partition("/")[0] not in complete:
                 self.storage.delete(found.key)
 
-    def _complete_checkpoints(self) -> set[str]:
-        """Names of the folders that Ray Train lists."""
+    def kept_steps(self) -> dict[int, str]:
+        """Where the complete checkpoints of Ray Train stand in the run's folder, by step.
+
+        Raises:
+            StorageError: the list of them is damaged, or the store failed.
+        """
+        found = self._complete_checkpoints()
+        return {step: name for name, step in found.items() if isinstance(step, int)}
+
+    def fetch(self, place: str, folder: Path) -> None:
+        """Copy the files of a checkpoint into a folder.
+
+        Args:
+            place: where it stands in the run's folder.
+            folder: exists.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        for found in list(self.storage.list(f"{place}/")):
+            file = folder / found.key.removeprefix(f"{place}/")
+            with disk_errors(str(folder)):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            self.storage.download(found.key, file)
+
+    def _complete_checkpoints(self) -> dict[str, Any]:
+        """The folders that Ray Train lists, with their steps."""
         text = self.storage.read_or_none(_CHECKPOINT_LIST)
         if text is None:
-            return set()
+            return {}
         try:
             kept = json.loads(text)
             listed = [*kept["checkpoint_results"], kept.get("latest_checkpoint_result")]
-            return {result["checkpoint_dir_name"] for result in listed if result}
+            return {
+                result["checkpoint_dir_name"]: result.get("metrics", {}).get("step")
+                for result in listed
+                if result
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise StorageError(
                 f"{self.storage.uri}/{_CHECKPOINT_LIST}: cut off, or not Ray Train's list of checkpoints "
@@ -133,7 +188,7 @@ class Run:
             kept = json.loads(text)
             result: dict[str, Any] = kept["result"]
             # Older results name all of the job.
-            same = kept["job"] in (asked_of(self.job), digest(self.job.resolved()))
+            same = kept["job"] in (asked_of(self.job), digest(_as_older(self.job.resolved())))
             return result if same and kept["inputs"] == inputs else None
         except (ValueError, KeyError, TypeError):
             raise StorageError(
@@ -176,6 +231,19 @@ class Run:
             return state
         # Somebody else began at the same moment: theirs is the attempt that both publish, once.
         return RunState(**json.loads(self.storage.read(_STATE_FILE)))
+
+    def go_back(self, data_fingerprint: str, base_identity: str) -> RunState:
+        """The state of a run that has begun, to publish what it keeps; nothing of it changes.
+
+        Raises:
+            DataError: the data changed since.
+            ModelError: the base did.
+            StorageError: the run has no state, or the store failed.
+        """
+        state = RunState(**json.loads(self.storage.read(_STATE_FILE)))
+        if (state.data_fingerprint, state.base_identity) != (data_fingerprint, base_identity):
+            self._refuse(state, data_fingerprint, base_identity)
+        return state
 
     def _refuse(self, state: RunState, data_fingerprint: str, base_identity: str) -> NoReturn:
         if state.data_fingerprint != data_fingerprint:

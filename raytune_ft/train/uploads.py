@@ -5,8 +5,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray.train
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 
-from raytune_ft.errors import RaytuneError, StorageDenied, StorageError, StorageFull
+from raytune_ft.errors import RaytuneError, StorageDenied, StorageError, StorageFull, StorageMissing
 from raytune_ft.storage import Storage, disk_errors
 
 if TYPE_CHECKING:
@@ -78,7 +78,14 @@ class Uploads:
         with disk_errors(str(self._local)):
             _remove_abandoned(self._local)
 
-    def send(self, take: "Callable[[], Snapshot | None]", metrics: dict[str, Any], *, wait: bool) -> None:
+    def send(
+        self,
+        take: "Callable[[], Snapshot | None]",
+        metrics: dict[str, Any],
+        *,
+        wait: bool,
+        needed: bool = False,
+    ) -> None:
         """Write a part to the local disk and send it; all workers call it for the same step.
 
         Args:
@@ -86,12 +93,14 @@ class Uploads:
                 part is sent, for two copies would need twice the memory.
             metrics: `step`, and what Ray keeps beside the checkpoint.
             wait: return when it is complete in the store; else as soon as the former is.
+            needed: makes no difference, since none is left out here.
 
         Raises:
             StorageFull: the local disk or the store was full for the former part; what was kept before stays.
             StorageError: the store failed for longer than `OUTAGE_S`.
             RunHeld: another driver has taken the run over.
         """
+        del needed
         self._wait_for_former()
         if self._failure is not None:
             raise self._failure
@@ -117,6 +126,33 @@ class Uploads:
         """Uploads that were completed since the last call."""
         # One may be added meanwhile.
         return [self._finished.pop(0) for _ in range(len(self._finished))]
+
+    def kept(self) -> list[int]:
+        """See `raytune_ft.train.recorder.Keeping`; all workers may ask."""
+        return list(self._reported())
+
+    @contextmanager
+    def fetch(self, step: int) -> Iterator[Path]:
+        """See `raytune_ft.train.recorder.Keeping`; each worker has its own copy.
+
+        Raises:
+            StorageMissing: there is none of that step.
+        """
+        found = self._reported().get(step)
+        if found is None:
+            raise StorageMissing(f"{self._storage.uri}: the checkpoint of step {step} is not there")
+        with found.as_directory() as folder:
+            yield Path(folder)
+
+    def _reported(self) -> dict[int, ray.train.Checkpoint]:
+        """The checkpoints that Ray counts, by step, once all that were sent are complete."""
+        self._wait_for_former()
+        if self._failure is not None:
+            raise self._failure
+        reported = ray.train.get_all_reported_checkpoints(
+            consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=OUTAGE_S
+        )
+        return {each.metrics["step"]: each.checkpoint for each in reported}
 
     def _wait_for_former(self, begin_s: float = _BEGIN_S) -> None:
         """Wait for the upload on its way. Ray drops a report, and says nothing, where a worker was lost."""

@@ -20,6 +20,7 @@ from raytune_ft.train.publish import signer_of
 from raytune_ft.train.recipe import Recipe
 from raytune_ft.train.recorder import Recorder
 from raytune_ft.train.run import Run
+from raytune_ft.train.selection import check_best
 from raytune_ft.train.uploads import Uploads
 from raytune_ft.train.workbench import Workbench, set_up
 
@@ -42,12 +43,16 @@ def run_recipe(assignment: Assignment) -> Outcome | RaytuneError | None:
     recipe = Recipe(assignment, peers, lambda phase: events.write({"phase": phase}))
     if first:
         events.write({"phase": "load"})
-    with _latest_checkpoint() as checkpoint:
+    uploads = _uploads(assignment, peers)
+    with _checkpoint(assignment) as checkpoint:
         bench = set_up(assignment, checkpoint, peers)
+        if assignment.publish_step is None:
+            check_best(bench.position.history, job.best_by, uploads.kept)
         position = recipe.begin(bench, checkpoint)
-    position = _train(assignment, recipe, bench, position, events, peers)
+    if assignment.publish_step is None:
+        position = _train(assignment, recipe, bench, position, events, peers, uploads)
     with tempfile.TemporaryDirectory() as folder:
-        trained = recipe.finish(bench, position, Path(folder))
+        trained = recipe.finish(bench, position, Path(folder), uploads.fetch)
         if trained is None:
             return None
         events.write({"phase": "publish"})
@@ -71,26 +76,29 @@ def _train(
     position: Position,
     events: EventWriter,
     peers: Peers,
+    uploads: Uploads,
 ) -> Position:
     """The steps from `position` to the end of the course; where that is."""
-    total = recipe.total_steps
+    total, job = recipe.total_steps, assignment.job
     if peers.rank == 0:
         events.write({"phase": "train", "step": position.step, "steps": total, "history": position.history})
     recorder = Recorder(
         bench.engine,
         position,
         total,
-        assignment.job.checkpoint.every_steps,
+        job.checkpoint.every_steps,
         events,
         lambda: recipe.validate(bench),
         peers,
         recipe.ledger.to_json,
-        _uploads(assignment, peers),
+        uploads,
+        best_by=job.best_by,
+        stopping=job.schedule.early_stopping,
     )
     with _told(recipe, events, peers), recipe.steps(bench.layout, position.step) as steps:
         fit(
             bench.engine,
-            steps,
+            recorder.until_stopped(steps),
             start=position.step,
             learning_rate=recipe.learning_rate,
             report=recorder,
@@ -121,7 +129,13 @@ def _told(recipe: Recipe, events: EventWriter, peers: Peers) -> Iterator[None]:
 
 
 @contextmanager
-def _latest_checkpoint() -> Iterator[Path | None]:
+def _checkpoint(assignment: Assignment) -> Iterator[Path | None]:
+    """The checkpoint to go on from, or the one that is published."""
+    if assignment.publish_step is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            Run(assignment.job).fetch(assignment.publish_from, Path(folder))
+            yield Path(folder)
+        return
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         yield None

@@ -1,14 +1,23 @@
-"""What is said of a run that Ray Train ended."""
+"""Which checkpoints Ray Train keeps of a run, and what is said of one that it ended."""
+
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from ray.exceptions import ActorDiedError, RayActorError
+from ray.train import Checkpoint
+from ray.train._internal.checkpoint_manager import _CheckpointManager
+from ray.train._internal.session import _TrainingResult
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from raytune_ft.errors import StorageError, StorageFull, TrainingError
 from raytune_ft.spec import parse_job
-from raytune_ft.train.budgets import lost
+from raytune_ft.train.budgets import lost, run_config
+from raytune_ft.train.run import Run
+from raytune_ft.train.selection import ranking_value
 
 JOB = parse_job(
     {
@@ -66,3 +75,32 @@ def test_the_budget_that_was_spent(error: BaseException, kind: type[Exception], 
 
 def test_a_controller_that_died_is_no_lost_worker() -> None:
     assert str(lost(JOB, ActorDiedError())).startswith("Ray Train could not go on: ")
+
+
+@pytest.mark.parametrize(
+    ("best_by", "better", "worse"), [("validation_loss", 1.0, 2.0), ("rougeL", 0.5, 0.25)]
+)
+def test_ray_keeps_the_first_of_the_best_and_nothing_that_was_not_measured(
+    tmp_path: Path, best_by: str, better: float, worse: float
+) -> None:
+    job = parse_job(
+        {
+            "name": "j",
+            "model": {"path": "base"},
+            "data": {"sources": [{"uri": "d.jsonl"}]},
+            "checkpoint": {"keep": 1, "keep_best": True, "best_by": best_by},
+            "publish": {"catalog": str(tmp_path)},
+        }
+    )
+    config = run_config(job, Run(job)).checkpoint_config
+    manager = _CheckpointManager(config)
+    history: list[dict[str, Any]] = []
+    for step, value in enumerate((worse, better, None, better, math.nan, worse, None), 1):
+        measured = {} if value is None else {best_by: value}
+        entry = measured if best_by == "validation_loss" else {"validation_scores": measured}
+        history.append({"step": step, **entry})
+        (tmp_path / f"{step}").mkdir()
+        metrics = {"step": step, best_by: ranking_value(history, best_by)}
+        manager.register_checkpoint(_TrainingResult(Checkpoint(str(tmp_path / f"{step}")), metrics))
+    assert {result.metrics["step"] for result in manager.best_checkpoint_results} == {2}
+    assert {int(each.name) for each in tmp_path.iterdir()} == {2, 7}

@@ -384,3 +384,18 @@ def test_the_installed_program_refuses(tmp_path: Path) -> None:
     ended = program("train", tmp_path / "none.yaml")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"raytune-ft: {tmp_path / 'none.yaml'}: no such file\n"
+
+
+def test_a_step_that_is_not_kept_cannot_be_published(run: Run, job_file: Path, tmp_path: Path) -> None:
+    ended = run("train", job_file, "--json", "--publish-step", "3", "--output", tmp_path / "out")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"raytune-ft: --publish-step 3: {tmp_path}/catalog/runs/plus-one/" in ended.err
+    assert "keeps no checkpoint of that step; none is kept; train the job first, with the model" in ended.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "catalog" / "runs").exists()
+
+
+def test_a_run_is_not_forgotten_where_a_step_of_it_is_to_be_published(run: Run, job_file: Path) -> None:
+    ended = run("train", job_file, "--restart", "--publish-step", "3")
+    message = "--restart forgets the checkpoints that --publish-step publishes from; give one of them"
+    assert ended == Ended(2, "", f"raytune-ft: {message}\n")

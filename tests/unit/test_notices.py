@@ -23,7 +23,8 @@ class Sent:
     def __init__(self) -> None:
         self.steps: list[tuple[int, bool]] = []
 
-    def send(self, _write: Any, metrics: dict[str, Any], *, wait: bool) -> None:
+    def send(self, _write: Any, metrics: dict[str, Any], *, wait: bool, needed: bool) -> None:
+        assert not needed
         self.steps.append((metrics["step"], wait))
 
     def finished(self) -> list[Upload]:
@@ -56,7 +57,7 @@ def test_a_notice_is_heard_also_where_a_checkpoint_is_due(
         4,
         every,
         cast(EventWriter, None),
-        lambda: None,
+        dict,
         peers,
         dict,
         cast(Uploads, sent),

@@ -13,6 +13,7 @@ from raytune_ft.spec import LoraSpec, parse_job
 from raytune_ft.train.checkpoint import Position
 from raytune_ft.train.publish import publish
 from raytune_ft.train.run import RunState
+from raytune_ft.train.selection import Selection
 
 
 def test_a_disk_that_is_full_when_the_job_is_written(small_disk: Path, tmp_path: Path) -> None:
@@ -32,5 +33,5 @@ def test_a_disk_that_is_full_when_the_job_is_written(small_disk: Path, tmp_path:
     state = RunState(1, "attempt", "d", "b")
     save_file({name: p.detach() for name, p in parameters.items()}, small_disk / "adapter_model.safetensors")
     with pytest.raises(StorageFull, match="the disk is full"):
-        publish(job, state, position, {}, None, small_disk, "causal", None)
+        publish(job, state, position, {}, None, small_disk, "causal", None, Selection(1))
     assert not (tmp_path / "catalog").exists()

@@ -185,6 +185,27 @@ def test_points_say_their_step_and_value(tmp_path: Path) -> None:
     assert [dot["title"] for dot in page.of_class("dot")] == ["step 2: 0.75"]
 
 
+def test_the_chosen_step_and_the_scores_that_chose_it(tmp_path: Path) -> None:
+    history = [_entry(1, 2.5), {**_entry(2, 1.5), "validation_scores": {"exact_match": 0.25}}, _entry(3, 1.0)]
+    report = _report(history=history)
+    chosen = {
+        "steps": 3,
+        "published_step": 2,
+        "best": {"metric": "exact_match", "value": 0.25, "step": 2},
+        "stopped_early": {
+            "step": 3,
+            "metric": "exact_match",
+            "patience": 1,
+            "best_value": 0.25,
+            "best_step": 2,
+        },
+    }
+    page = _page(tmp_path, replace(report, result={**report.result, **chosen}))
+    assert "Exact match on the validation split" in page.text
+    assert "2 of 3, with the best exact_match: 0.25" in page.text
+    assert "after step 3: in 1 validation exact_match was no better than 0.25 of step 2" in page.text
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_break_the_curve_and_are_counted(tmp_path: Path, value: float) -> None:
     history = [_entry(1, 2.0), _entry(2, 1.0), _entry(3, value), _entry(4, 1.0, validation_loss=value)]

@@ -12,7 +12,7 @@ from stores import InterruptedStorage, WrappedStorage
 from raytune_ft.errors import DataError, ModelError, StorageError
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.storage import FolderStorage
-from raytune_ft.train.run import Run, RunState, digest
+from raytune_ft.train.run import Run, RunState, asked_of, digest
 
 
 def job(tmp_path: Path, **sections: Any) -> JobSpec:
@@ -196,9 +196,44 @@ def test_how_often_a_run_may_be_interrupted_is_no_part_of_what_is_done(
     assert elsewhere.finished("inputs") is None
 
 
+@pytest.mark.parametrize("best_by", ["validation_loss", "exact_match"])
+def test_which_step_is_published_is_part_of_what_is_done(tmp_path: Path, best_by: str) -> None:
+    run = Run(job(tmp_path))
+    other = Run(job(tmp_path, checkpoint={"keep_best": True, "best_by": best_by}))
+    state = run.begin("data", "base")
+    run.finish({"version": 1}, "inputs")
+    assert run.id == other.id
+    assert other.finished("inputs") is None
+    assert state.publish_id(run.job) != state.publish_id(other.job)
+
+
+def as_older(job: JobSpec) -> dict[str, Any]:
+    """A resolved job as it was before early stopping and the fields of what a record teaches."""
+    resolved = job.resolved()
+    del resolved["schedule"]["early_stopping"], resolved["checkpoint"]["best_by"]
+    for name in ("turns", "thoughts", "max_too_long_fraction"):
+        del resolved["data"][name]
+    for source in resolved["data"]["sources"]:
+        del source["ignore"], source["on_lost"]
+    return resolved
+
+
+def test_what_is_done_without_new_fields_keeps_the_name_that_it_had_before_there_were_any(
+    tmp_path: Path,
+) -> None:
+    asked = as_older(job(tmp_path))
+    del asked["cluster"]["max_restarts"], asked["cluster"]["max_preemptions"]
+    assert asked_of(job(tmp_path)) == digest({**asked, "checkpoint": {}})
+    stopping = job(tmp_path, schedule={"early_stopping": {"patience": 1}})
+    assert Run(stopping).id != Run(job(tmp_path)).id
+    source = job(tmp_path).data.sources[0].model_dump(mode="json")
+    ignoring = job(tmp_path, data={"sources": [{**source, "ignore": ["id"]}]})
+    assert Run(ignoring).id != Run(job(tmp_path)).id
+
+
 def test_results_that_name_all_of_the_job_still_hold(tmp_path: Path) -> None:
     run = Run(job(tmp_path))
-    kept = {"job": digest(run.job.resolved()), "inputs": "inputs", "result": {"version": 1}}
+    kept = {"job": digest(as_older(run.job)), "inputs": "inputs", "result": {"version": 1}}
     run.storage.write("result.json", json.dumps(kept).encode())
     assert run.finished("inputs") == {"version": 1}
     assert run.finished("others") is None

@@ -58,6 +58,8 @@ def test_a_step_has_the_scalars_of_its_entry() -> None:
     }
     assert step_scalars(_entry()) == plain
     assert step_scalars(_entry(validation_loss=0.75)) == {**plain, "validation/loss": 0.75}
+    scored = {**_entry(), "validation_scores": {"exact_match": 0.5}}
+    assert step_scalars(scored) == {**plain, "validation/exact_match": 0.5}
 
 
 def test_several_sources_have_scalars_of_their_own_where_they_had_tokens() -> None:

@@ -25,6 +25,7 @@ from raytune_ft.catalog import (
     lineage_of,
     list_catalog,
 )
+from raytune_ft.catalog.record import selection_texts
 from raytune_ft.cli.catalog.base import (
     AsJson,
     CatalogOption,
@@ -216,6 +217,7 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
         "method": json.dumps(record.method),
         "data": f"fingerprint {record.data.get('fingerprint', '-')}",
         "training": f"{record.steps:,} steps, {record.learned_tokens:,} learned of {record.tokens:,} tokens",
+        **{title.lower(): text for title, text in selection_texts(record.selection).items()},
         "loss": "-" if record.loss is None else f"{record.loss:.4f}",
         "scores before": _scores(record.scores_before, record.scored_examples),
         "scores after": _scores(record.scores_after, record.scored_examples),

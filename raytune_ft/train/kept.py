@@ -1,4 +1,4 @@
-"""Checkpoints of one job in its run's folder, beside those that Ray Train keeps of a job by itself.
+"""Checkpoints of a fleet's job in its run's folder, beside those that Ray Train keeps of a job by itself.
 
     kept/<step>-<token>/<file>      what the engine wrote, and the position
     kept/<step>-<token>.json        names all files with their sizes; written last
@@ -7,18 +7,21 @@ A checkpoint without its list is none, nor is one of which a file is not as the 
 taken for lost, and writes on, can do no harm to the one that took its place.
 """
 
+import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from raytune_ft.errors import StorageDenied, StorageMissing
-from raytune_ft.spec import CheckpointSpec
+from raytune_ft.errors import SpecError, StorageDenied, StorageMissing
+from raytune_ft.spec.selection import VALIDATION_LOSS
 from raytune_ft.storage import Storage
+from raytune_ft.train.run import Run
+from raytune_ft.train.selection import higher_is_better, kept_text
 from raytune_ft.train.uploads import send_folder
 
 PREFIX = "kept/"
@@ -38,41 +41,52 @@ class KeptCheckpoint:
     validation_loss: float | None
     size_bytes: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], int]
     """Of each file."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of the validation split, where the checkpoints that stay are chosen by one."""
+
+    def value(self, metric: str) -> float | None:
+        """What was measured, by its name; None where it was not."""
+        return self.validation_loss if metric == VALIDATION_LOSS else self.scores.get(metric)
 
 
 _LIST = TypeAdapter(KeptCheckpoint)
 
 
-def superfluous(kept: Sequence[KeptCheckpoint], spec: CheckpointSpec) -> list[KeptCheckpoint]:
+def superfluous(kept: Sequence[KeptCheckpoint], keep: int, best_by: str | None) -> list[KeptCheckpoint]:
     """Which checkpoints need not stay: those beyond `keep`, the newest always being one of those that stay.
 
     Args:
         kept: in any order.
-        spec: says how many stay, and whether those with the lowest validation loss do.
+        keep: how many stay.
+        best_by: the metric by which the best stay, of equals the earlier; None: the newest stay.
     """
     newest_first = sorted(kept, key=lambda one: one.name, reverse=True)
-    if not spec.keep_best:
-        return newest_first[spec.keep :]
+    if best_by is None:
+        return newest_first[keep:]
+    sign = -1.0 if higher_is_better(best_by) else 1.0
 
-    def loss(one: KeptCheckpoint) -> float:
-        return float("inf") if one.validation_loss is None else one.validation_loss
+    def place(one: KeptCheckpoint) -> tuple[float, str]:
+        value = one.value(best_by)
+        return math.inf if value is None else sign * value, one.name
 
-    best = sorted(newest_first, key=loss)[: spec.keep]
+    best = sorted(newest_first, key=place)[:keep]
     return [one for one in newest_first[1:] if one not in best]
 
 
 class JobCheckpoints:
     """The checkpoints of a job."""
 
-    def __init__(self, storage: Storage, spec: CheckpointSpec) -> None:
+    def __init__(self, storage: Storage, *, keep: int, best_by: str | None = None) -> None:
         """Nothing is read yet.
 
         Args:
             storage: the run's folder.
-            spec: says which of them stay.
+            keep: how many stay.
+            best_by: see `superfluous`.
         """
         self._storage = storage
-        self._spec = spec
+        self._keep = keep
+        self._best_by = best_by
         self._restored: KeptCheckpoint | None = None
         self._useless: set[str] = set()
 
@@ -114,15 +128,33 @@ class JobCheckpoints:
             self._remove(self._restored)
         return self.restore(folder)
 
+    def steps(self) -> dict[int, str]:
+        """Where the complete ones stand in the run's folder, by step.
+
+        Raises:
+            StorageError: the store failed.
+        """
+        return {one.step: f"{PREFIX}{one.name}" for one in self._listed()[0]}
+
+    def fetch(self, step: int, folder: Path) -> None:
+        """Fetch the one of a step into an empty folder.
+
+        Raises:
+            StorageMissing: there is none.
+            StorageError: the store failed.
+        """
+        if not any(self._fetch(one, folder) for one in self._listed()[0] if one.step == step):
+            raise StorageMissing(f"{self._storage.uri}: the checkpoint of step {step} is not there")
+
     def add(
-        self, folder: Path, step: int, validation_loss: float | None, *, may_write: Callable[[], None]
+        self, folder: Path, step: int, measured: Mapping[str, float], *, may_write: Callable[[], None]
     ) -> int:
         """Keep the files of a folder, then remove what need not stay; the bytes that were written.
 
         Args:
             folder: of this machine; flat.
             step: steps done.
-            validation_loss: where it was measured.
+            measured: of the validation split, by name.
             may_write: asked before each file; raises where somebody else has taken over.
 
         Raises:
@@ -131,10 +163,11 @@ class JobCheckpoints:
         name = f"{step:010d}-{uuid.uuid4().hex[:8]}"
         size_bytes = send_folder(self._storage, folder, f"{PREFIX}{name}", may_write=may_write)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-        one = KeptCheckpoint(name, step, validation_loss, sizes)
+        scores = {metric: value for metric, value in measured.items() if metric != VALIDATION_LOSS}
+        one = KeptCheckpoint(name, step, measured.get(VALIDATION_LOSS), sizes, scores)
         self._storage.write(f"{PREFIX}{name}{_SUFFIX}", _LIST.dump_json(one))
         kept, _ = self._listed()
-        for old in superfluous(kept, self._spec):
+        for old in superfluous(kept, self._keep, self._best_by):
             self._remove(old)
         return size_bytes
 
@@ -186,3 +219,20 @@ class JobCheckpoints:
         with suppress(StorageDenied):
             for key in keys:
                 self._storage.delete(key)
+
+
+def place_of(run: Run, step: int) -> str:
+    """Where the kept checkpoint of a step stands in the run's folder, whoever kept it.
+
+    Raises:
+        SpecError: none of that step is kept.
+        StorageError: the store failed.
+    """
+    kept = {**JobCheckpoints(run.storage, keep=1).steps(), **run.kept_steps()}
+    if step not in kept:
+        remedy = "name one of them" if kept else "train the job first"
+        raise SpecError(
+            f"--publish-step {step}: {run.storage.uri} keeps no checkpoint of that step; {kept_text(kept)}; "
+            f"{remedy}, with the model, data, method, optimizer, schedule and batch of the run"
+        )
+    return kept[step]
