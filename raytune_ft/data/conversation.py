@@ -93,6 +93,13 @@ class Conversation(NamedTuple):
         return "\n".join(said)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is said but texts by system, user and assistant."""
+        if self.tools or self.variables or (self.unread and self.shape == "chat"):
+            return False
+        return not any(turn.calls or turn.other or turn.role == "tool" for turn in self.turns)
+
+    @property
     def learned(self) -> tuple[int, ...]:
         """Places of the answers that are learned."""
         return tuple(at for at, turn in enumerate(self.turns) if turn.role == "assistant" and turn.learned)

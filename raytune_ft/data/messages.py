@@ -92,6 +92,8 @@ def _read_turn(message: Any, place: str) -> Turn | None:
     if not isinstance(author, str) or author.lower() not in ROLES:
         raise Malformed(f"{place}.role is {author!r}; expected system, user, assistant or tool")
     role = ROLES[author.lower()]
+    if (plain := _plain_content(message, author)) is not None:
+        return Turn(role, text_of(plain, f"{place}.content"))
     content, thoughts = _read_content(_first(message, "content", "value"), role, place)
     calls, other = tuple(_read_calls(message, role, place)), _other_keys(message, role)
     if author.lower() == "function_call" and not calls and (calls := _calls_of_text(content, place)):
@@ -112,6 +114,14 @@ def _read_turn(message: Any, place: str) -> Turn | None:
         other=other,
     )
     return _with_thoughts(turn, message, place) if role == "assistant" else turn
+
+
+def _plain_content(message: Mapping[str, Any], author: str) -> str | None:
+    """The content of a message that says nothing else, as most do; None of any other."""
+    content = message.get("content") if "content" in message else message.get("value")
+    if len(message) != 2 or not isinstance(content, str) or not content.strip():
+        return None
+    return None if "</think>" in content or author.lower() == "function_call" else content
 
 
 def _first(message: Mapping[str, Any], *names: str) -> Any:

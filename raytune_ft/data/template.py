@@ -75,7 +75,7 @@ class TurnFormat:
         examples = tuple(
             Example(self._segments(turns[: group[-1] + 1], group), tuple(group)) for group in groups if group
         )
-        return Rendered(examples, tuple(self._without_place(conversation)))
+        return Rendered(examples, () if conversation.is_plain else tuple(self._without_place(conversation)))
 
     def open_answer(self, turns: tuple[Turn, ...]) -> tuple[Segment, ...]:
         """See Template."""
