@@ -213,3 +213,35 @@ def test_sequence_lengths_follow_from_positions(case: dict[str, Any]) -> None:
     assert np.diff(bounds).tolist() == case["expected_seqlens"]
     assert int(positions.max()) + 1 == case["expected_max"]
     assert batch.tokens == sum(case["expected_seqlens"])
+
+
+CHATML_OF_SENTENCES = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_sentence_piece_chat_has_the_tokens_of_its_whole_text(legacy: bool) -> None:
+    """Alone, each piece would begin with a space that stands nowhere in the text."""
+    tokenizer = LlamaTokenizer.from_pretrained(TOKENIZERS / "mistral_v1", legacy=legacy)
+    tokenizer.chat_template = CHATML_OF_SENTENCES
+    encoder = Encoder.of(tokenizer)
+    assert encoder.is_joined
+    messages = [
+        {"role": "user", "content": "Name a fruit."},
+        {"role": "assistant", "content": "Banana"},
+        {"role": "user", "content": "Another one."},
+        {"role": "assistant", "content": "Apricot"},
+    ]
+    record = read_record({"messages": messages}, FieldsSpec())
+    (example,) = render("chat", record, encoder).examples
+    found = only(tokenise([example.segments], encoder))
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    assert list(found.input_ids) == tokenizer(whole)["input_ids"]
+    learned = [token for token, is_learned in zip(*vars_of(found), strict=True) if is_learned]
+    pieces = tokenizer.convert_ids_to_tokens(learned)
+    assert "".join(pieces) == "Banana</s>Apricot</s>"
+    # The prompt's tokens are those that generation is given.
+    opened = prompt_ids(example.segments[:1], encoder)
+    assert list(found.input_ids)[: len(opened)] == opened
