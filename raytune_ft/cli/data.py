@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -31,7 +32,7 @@ _SHOWN_CHARACTERS = 500
 """Of one piece of an example; `--json` has all of it."""
 
 
-def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
+def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None = None) -> None:
     """Print the first rendered examples of each source, the malformed records and the counts.
 
     Reads all windows in this process, without Ray: the same code as the data pass of a training run, for a
@@ -41,6 +42,7 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
         job: the job.
         examples: how many of each source to show.
         as_json: print one JSON object instead.
+        report: an HTML file to write as well.
 
     Raises:
         DataError: training would refuse this data; raised after what was found is printed.
@@ -54,9 +56,13 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
     preview, survey = _read_all(job, tokenizer, examples)
     counts = counted(survey, job.data)
     bad = [record for report in survey.read() for record in report.bad][:_SHOWN_BAD_RECORDS]
+    listed = [{"place": record.place, "reason": record.reason} for record in bad]
+    found = {"counts": counts.to_json(), "bad": listed, **to_json(preview)}
+    if report is not None:
+        from raytune_ft.data_page import write_data_page
+
+        write_data_page(job.name, found, report)
     if as_json:
-        listed = [{"place": record.place, "reason": record.reason} for record in bad]
-        found = {"counts": counts.to_json(), "bad": listed, **to_json(preview)}
         # The one place where standard output is a machine's to read.
         print(json.dumps(found, ensure_ascii=False))  # noqa: T201
     else:

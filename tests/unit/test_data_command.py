@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from html_page import Page
 
 from raytune_ft.cli.data import data_command, templates_command
 from raytune_ft.data.template import TEMPLATES
@@ -160,3 +161,15 @@ def test_text_cannot_turn_the_terminal_around(
     printed = capsys.readouterr().out
     assert "a\\u202eb" in printed
     assert "\u202e" not in printed
+
+
+def test_the_page_shows_hostile_text_as_text(base: Path, tmp_path: Path) -> None:
+    attack = "</pre><script>alert(1)</script>\x1b[2J\u202e"
+    records = [{"prompt": attack, "completion": "b"}, {attack: 1}]
+    data_command(job(base, tmp_path, records, max_bad_fraction=0.5), 1, True, tmp_path / "data.html")
+    page = Page((tmp_path / "data.html").read_text(encoding="utf-8"))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "</pre><script>alert(1)</script>\\x1b[2J\\u202e" in page.text
+    assert [tag for tag, _ in page.tags].count("article") == 1
+    assert [tag for tag, _ in page.tags].count("mark") == 2
+    assert "Malformed records: the first 1 of 1" in page.text
