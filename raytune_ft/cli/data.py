@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -14,6 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from raytune_ft.data.preview import Preview, ShownExample, shorten, to_json
 from raytune_ft.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -26,19 +28,11 @@ if TYPE_CHECKING:
 _LEARNED_STYLE = "bold green"
 _SHOWN_BAD_RECORDS = 10
 _PLAIN_WIDTH = 140
+_SHOWN_CHARACTERS = 500
+"""Of one piece of an example; `--json` has all of it."""
 
 
-@dataclass(frozen=True)
-class ShownExample:
-    """An example as text: its tokens decoded, in runs that are learned or not."""
-
-    source: int
-    split: str
-    tokens: int
-    pieces: tuple[tuple[str, bool], ...]
-
-
-def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
+def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None = None) -> None:
     """Print the first rendered examples of each source, the malformed records and the counts.
 
     Reads all windows in this process, without Ray: the same code as the data pass of a training run, for a
@@ -48,6 +42,7 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
         job: the job.
         examples: how many of each source to show.
         as_json: print one JSON object instead.
+        report: an HTML file to write as well.
 
     Raises:
         DataError: training would refuse this data; raised after what was found is printed.
@@ -58,16 +53,22 @@ def data_command(job: JobSpec, examples: int, as_json: bool) -> None:
     from raytune_ft.models import load_tokenizer
 
     tokenizer = load_tokenizer(job.model)
-    shown, survey = _read_all(job, tokenizer, examples)
+    preview, survey = _read_all(job, tokenizer, examples)
     counts = counted(survey, job.data)
     bad = [record for report in survey.read() for record in report.bad][:_SHOWN_BAD_RECORDS]
+    listed = [{"place": record.place, "reason": record.reason} for record in bad]
+    found = {"counts": counts.to_json(), "bad": listed, **to_json(preview)}
+    if report is not None:
+        from raytune_ft.data_page import write_data_page
+
+        write_data_page(job.name, found, report)
     if as_json:
         # The one place where standard output is a machine's to read.
-        print(json.dumps(_as_json(shown, counts, bad), ensure_ascii=False))  # noqa: T201
+        print(json.dumps(found, ensure_ascii=False))  # noqa: T201
     else:
         console = Console()
         # A file or pipe has no width of its own; the counts need this much.
-        _print(console if console.is_terminal else Console(width=_PLAIN_WIDTH), job, shown, counts, bad)
+        _print(console if console.is_terminal else Console(width=_PLAIN_WIDTH), job, preview, counts, bad)
     check_counts(survey, job.data, None)
 
 
@@ -88,9 +89,7 @@ def templates_command() -> None:
     Console().print(table)
 
 
-def _read_all(
-    job: JobSpec, tokenizer: "PreTrainedTokenizerBase", limit: int
-) -> tuple[list[ShownExample], "Survey"]:
+def _read_all(job: JobSpec, tokenizer: "PreTrainedTokenizerBase", limit: int) -> tuple[Preview, "Survey"]:
     from raytune_ft.data.counts import Survey
     from raytune_ft.data.encoder import Encoder
     from raytune_ft.data.examples import tokenise_window
@@ -100,62 +99,44 @@ def _read_all(
 
     encoder = Encoder.of(tokenizer)
     check_templates((source.template for source in job.data.sources), encoder)
-    shown: list[ShownExample] = []
+    preview = Preview(limit, partial(_decode, tokenizer=tokenizer))
     windows: list[Window] = []
     reports: dict[int, WindowReport] = {}
     listings = list_sources(job.data)
     for number, found in enumerate(found for listing in listings for found in listing.objects):
         for window in divide(found, number, job.data.sources[found.source].format, None):
-            tokenised = tokenise_window(found, window, job.data, encoder, job.model.labels)
+            tokenised = tokenise_window(
+                found, window, job.data, encoder, job.model.labels, partial(preview.observe, found.source)
+            )
             reports[len(windows)] = tokenised.report
             windows.append(window)
-            missing = limit - sum(example.source == found.source for example in shown)
-            rows = tokenised.table.slice(0, max(0, missing)).to_pylist()
-            shown += [_show(row, found.source, tokenizer) for row in rows]
-    return shown, Survey(windows, reports, tuple(listing_notices(job.data, listings)))
-
-
-def _show(row: dict[str, Any], source: int, tokenizer: "PreTrainedTokenizerBase") -> ShownExample:
-    runs = groupby(zip(row["input_ids"], row["learned"], strict=True), key=lambda token: token[1])
-    pieces = tuple((_decode([token for token, _ in run], tokenizer), learned) for learned, run in runs)
-    return ShownExample(source, row["split"], len(row["input_ids"]), pieces)
+    return preview, Survey(windows, reports, tuple(listing_notices(job.data, listings)))
 
 
 def _decode(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
 
 
-def _as_json(
-    shown: Sequence[ShownExample], counts: "DataCounts", bad: Sequence["BadRecord"]
-) -> dict[str, Any]:
-    return {
-        "counts": counts.to_json(),
-        "bad": [{"place": record.place, "reason": record.reason} for record in bad],
-        "examples": [
-            {
-                "source": example.source,
-                "split": example.split,
-                "tokens": example.tokens,
-                "pieces": [{"text": text, "learned": learned} for text, learned in example.pieces],
-            }
-            for example in shown
-        ],
-    }
-
-
 def _print(
     console: Console,
     job: JobSpec,
-    shown: Sequence[ShownExample],
+    preview: Preview,
     counts: "DataCounts",
     bad: Sequence["BadRecord"],
 ) -> None:
-    for example in shown:
-        title = f"source {example.source} · {example.split} · {example.tokens} tokens"
-        console.print(Panel(_highlight(example, colour=console.is_terminal), title=title, title_align="left"))
+    for example in sorted(preview.examples, key=lambda example: example.source):
+        cut = f" · {example.cut_tokens:,} tokens cut" if example.cut_tokens else ""
+        title = f"source {example.source} · {example.split} · {example.tokens:,} tokens{cut}"
+        body = _highlight(example, colour=console.is_terminal)
+        kinds = escape(", ".join(example.kinds))
+        console.print(Panel(body, title=title, title_align="left", subtitle=kinds, subtitle_align="left"))
     how = f"[{_LEARNED_STYLE}]green[/]" if console.is_terminal else "between ⟦ ⟧"
     console.print(f"Learned tokens are {how}; the rest is what the model is given.\n", highlight=False)
     console.print(_counts_table(job, counts))
+    console.print(_turns_table(counts))
+    console.print(_lengths_table(preview))
+    for notice in counts.notices:
+        console.print(Text(_harmless(f"Notice: {notice}"), style="yellow"))
     if bad:
         lines = [Text(_harmless(f"{record.place}: {record.reason}")) for record in bad]
         title = f"malformed records: the first {len(bad)} of {counts.total.bad}"
@@ -164,7 +145,9 @@ def _print(
 
 def _highlight(example: ShownExample, *, colour: bool) -> Text:
     text = Text()
-    for piece, learned in ((_harmless(piece), learned) for piece, learned in example.pieces):
+    for piece, learned in (
+        (_harmless(piece), learned) for piece, learned in shorten(example.pieces, _SHOWN_CHARACTERS)
+    ):
         if colour:
             text.append(piece, style=_LEARNED_STYLE if learned else "")
         else:
@@ -174,7 +157,11 @@ def _highlight(example: ShownExample, *, colour: bool) -> Text:
 
 def _harmless(text: str) -> str:
     """Control characters made visible: data must not steer the terminal that it is shown on."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+        lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}",
+        text,
+    )
 
 
 def _counts_table(job: JobSpec, counts: "DataCounts") -> Table:
@@ -186,4 +173,34 @@ def _counts_table(job: JobSpec, counts: "DataCounts") -> Table:
     rows = [(source.uri, found) for source, found in zip(job.data.sources, counts.sources, strict=True)]
     for label, found in [*rows, ("total", counts.total)]:
         table.add_row(escape(label), *(f"{getattr(found, name):,}" for name in names))
+    return table
+
+
+def _turns_table(counts: "DataCounts") -> Table:
+    table = Table(title="learned, of all", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("source", "answers", "ends", "tool calls", "thoughts", "divided chats"):
+        table.add_column(name, justify="right")
+    for at, found in enumerate(counts.sources):
+        table.add_row(
+            str(at),
+            f"{found.learned_answers:,} of {found.answers:,}",
+            f"{found.ends:,}",
+            f"{found.learned_calls:,} of {found.calls:,}",
+            f"{found.learned_thoughts:,} of {found.thoughts:,}",
+            f"{found.divided:,}",
+        )
+    return table
+
+
+def _lengths_table(preview: Preview) -> Table:
+    names = ("examples", "median", "p95", "longest", "cut", "dropped", "longest_answer", "longest_reference")
+    table = Table(title="lengths in tokens, before max_tokens", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("source", justify="right")
+    table.add_column("template", max_width=30)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for (source, template), lengths in sorted(preview.lengths.items()):
+        figures = lengths.to_json()
+        row = ("–" if figures[name] is None else f"{figures[name]:,}" for name in names)
+        table.add_row(str(source), Text(_harmless(" ".join(template.split()))[:60]), *row)
     return table

@@ -152,6 +152,10 @@ def data(
     override: Override = [],  # noqa: B006  typer copies it
     examples: Annotated[int, typer.Option(min=0, help="Rendered examples to show.")] = 3,
     templates: Annotated[bool, typer.Option("--templates", help="List the built-in templates.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write all of it as a page; its folder must exist."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a job would learn: rendered examples, learned tokens highlighted, and the counts."""
@@ -162,7 +166,7 @@ def data(
         return
     if job_file is None:
         raise SpecError("raytune-ft data: name a job file, or ask for --templates")
-    data_command(read_job(job_file, override), examples, as_json)
+    data_command(read_job(job_file, override), examples, as_json, report)
 
 
 @app.command()

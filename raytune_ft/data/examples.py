@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
@@ -53,8 +53,29 @@ class TokenisedWindow:
     report: WindowReport
 
 
+class Observed(NamedTuple):
+    """One example with what it was made of, for those who look at the data."""
+
+    record: Conversation | PlainText
+    template: str
+    example: Example
+    part: int
+    """Its place among the examples of its record."""
+    parts: int
+    split: str
+    tokens: Tokenised
+    """Before any limit."""
+    kept: Tokenised | None
+    """What is trained on; None where it is too long and dropped."""
+
+
 def tokenise_window(
-    found: DataObject, window: Window, data: DataSpec, encoder: Encoder, labels: Collection[str] = ()
+    found: DataObject,
+    window: Window,
+    data: DataSpec,
+    encoder: Encoder,
+    labels: Collection[str] = (),
+    observe: Callable[[Observed], None] | None = None,
 ) -> TokenisedWindow:
     """Read, render, split and tokenise the records of one window.
 
@@ -64,12 +85,13 @@ def tokenise_window(
         data: the job's data section.
         encoder: the tokenizer's.
         labels: what completions may be; any text where there are none.
+        observe: is called with every example, those that are dropped too.
 
     Raises:
         DataError: the window cannot be read as a whole, or its template cannot be used.
         StorageError: the store failed.
     """
-    reading = _Reading(found, data, encoder, labels)
+    reading = _Reading(found, data, encoder, labels, observe)
     records = iter(read_window(found, window, named_columns(data.sources[found.source].fields)))
     while batch := list(islice(records, _RECORDS_PER_BATCH)):
         reading.read(batch)
@@ -146,13 +168,22 @@ class _Record(NamedTuple):
     place: int
     raw: RawRecord
     record: Conversation | PlainText
+    template: str
     rendered: Rendered
 
 
 class _Reading:
     """The state of reading one window. Examples are kept as flat arrays, which is what Arrow keeps."""
 
-    def __init__(self, found: DataObject, data: DataSpec, encoder: Encoder, labels: Collection[str]) -> None:
+    def __init__(
+        self,
+        found: DataObject,
+        data: DataSpec,
+        encoder: Encoder,
+        labels: Collection[str],
+        observe: Callable[[Observed], None] | None,
+    ) -> None:
+        self._observe = observe
         self._found = found
         self._data = data
         self._encoder = encoder
@@ -230,13 +261,17 @@ class _Reading:
                 continue
             self._templates[name] += 1
             self._left_out.update(left_out(raw.value, record, rendered.lost, source.ignore))
-            yield _Record(place, raw, record, rendered)
+            yield _Record(place, raw, record, name, rendered)
 
     def _kept(self, each: _Record, found: Sequence[tuple[Example, Tokenised]]) -> Iterator[Tokenised]:
         """Those of a record's examples that are short enough."""
         split = split_of(each.record.input_text, self._data.split)
-        for example, tokens in found:
+        for part, (example, tokens) in enumerate(found):
             kept = tokens if len(tokens.input_ids) <= self._data.max_tokens else self._fitted(tokens)
+            if self._observe is not None:
+                self._observe(
+                    Observed(each.record, each.template, example, part, len(found), split, tokens, kept)
+                )
             if kept is None:
                 continue
             self._places.append(each.place)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from html_page import Page
 
 from raytune_ft.cli.data import data_command, templates_command
 from raytune_ft.data.template import TEMPLATES
@@ -100,3 +101,75 @@ def test_templates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed for name in TEMPLATES)
     assert "### Instruction:" in printed
     assert "[INST] PROMPT[/INST] …" in printed
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2},
+    {
+        "messages": [
+            {"role": "system", "content": "brief"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "weight": 0},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"},
+        ]
+    },
+    {"text": "once upon a time"},
+    {"prompt": "a" * 2000, "completion": "b"},
+]
+
+
+def test_each_kind_of_turn_is_shown_once(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = {"validation": 0, "test": 0}
+    look = job(base, tmp_path, CHATS, max_tokens=64, too_long="cut", split=split)
+    data_command(look, examples=0, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    kinds = [kind for example in found["examples"] for kind in example["kinds"]]
+    for kind in ("answer", "given answer", "raw text", "prompt and completion", "cut", "system text"):
+        assert kind in kinds
+    assert {"divided chat", "several answers"} & set(kinds)
+    (cut,) = [example for example in found["examples"] if "cut" in example["kinds"]]
+    assert cut["tokens"] == 64
+    assert cut["cut_tokens"] > 0
+    total = found["counts"]["total"]
+    lengths = [entry["lengths"] for entry in found["templates"]]
+    assert sum(each["examples"] for each in lengths) == total["train"]
+    assert sum(each["cut"] for each in lengths) == total["cut"] == 1
+    assert max(each["longest"] for each in lengths) == cut["tokens"] + cut["cut_tokens"]
+    assert {each["longest_reference"] for each in lengths} == {None}
+
+
+def test_long_examples_are_shortened_for_people_alone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = job(base, tmp_path, [*RECORDS, {"prompt": "x" * 1500, "completion": "z"}], max_tokens=4096)
+    data_command(look, examples=13, as_json=False)
+    printed = capsys.readouterr().out
+    assert "1,000 characters left out" in " ".join(printed.replace("│", " ").split())
+    assert "⟦z</s>⟧" in printed
+    data_command(look, examples=13, as_json=True)
+    assert "x" * 1500 in capsys.readouterr().out
+
+
+def test_text_cannot_turn_the_terminal_around(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_command(job(base, tmp_path, [{"prompt": "a\u202eb", "completion": "c"}] * 3), 1, as_json=False)
+    printed = capsys.readouterr().out
+    assert "a\\u202eb" in printed
+    assert "\u202e" not in printed
+
+
+def test_the_page_shows_hostile_text_as_text(base: Path, tmp_path: Path) -> None:
+    attack = "</pre><script>alert(1)</script>\x1b[2J\u202e"
+    records = [{"prompt": attack, "completion": "b"}, {attack: 1}]
+    data_command(job(base, tmp_path, records, max_bad_fraction=0.5), 1, True, tmp_path / "data.html")
+    page = Page((tmp_path / "data.html").read_text(encoding="utf-8"))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "</pre><script>alert(1)</script>\\x1b[2J\\u202e" in page.text
+    assert [tag for tag, _ in page.tags].count("article") == 1
+    assert [tag for tag, _ in page.tags].count("mark") == 2
+    assert "Malformed records: the first 1 of 1" in page.text
