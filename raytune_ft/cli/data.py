@@ -1,7 +1,6 @@
 """`raytune-ft data`: what a job's records become, with the learned tokens marked, and the counts."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from raytune_ft.data.preview import Preview, ShownExample, shorten, to_json
+from raytune_ft.data.preview import Preview, ShownExample, shorten, to_json, visible
 from raytune_ft.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _LEARNED_STYLE = "bold green"
 _SHOWN_BAD_RECORDS = 10
 _PLAIN_WIDTH = 140
 _SHOWN_CHARACTERS = 500
-"""Of one piece of an example; `--json` has all of it."""
+"""Of one piece of an example; `--json` and `--report` have all of it."""
 
 
 def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None = None) -> None:
@@ -42,7 +41,7 @@ def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None
         job: the job.
         examples: how many of each source to show.
         as_json: print one JSON object instead.
-        report: an HTML file to write as well.
+        report: an HTML file to write as well, with the examples in full.
 
     Raises:
         DataError: training would refuse this data; raised after what was found is printed.
@@ -50,17 +49,18 @@ def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None
         StorageError: the store failed.
     """
     from raytune_ft.data.checks import check_counts, counted
+    from raytune_ft.data_page import check_page, write_data_page
     from raytune_ft.models import load_tokenizer
 
+    if report is not None:
+        check_page(report)
     tokenizer = load_tokenizer(job.model)
     preview, survey = _read_all(job, tokenizer, examples)
     counts = counted(survey, job.data)
-    bad = [record for report in survey.read() for record in report.bad][:_SHOWN_BAD_RECORDS]
+    bad = [record for window in survey.read() for record in window.bad][:_SHOWN_BAD_RECORDS]
     listed = [{"place": record.place, "reason": record.reason} for record in bad]
     found = {"counts": counts.to_json(), "bad": listed, **to_json(preview)}
     if report is not None:
-        from raytune_ft.data_page import write_data_page
-
         write_data_page(job.name, found, report)
     if as_json:
         # The one place where standard output is a machine's to read.
@@ -68,7 +68,10 @@ def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None
     else:
         console = Console()
         # A file or pipe has no width of its own; the counts need this much.
-        _print(console if console.is_terminal else Console(width=_PLAIN_WIDTH), job, preview, counts, bad)
+        console = console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+        _print(console, job, preview, counts, bad)
+        if report is not None:
+            console.print(f"All examples in full: {report}", markup=False, highlight=False, soft_wrap=True)
     check_counts(survey, job.data, None)
 
 
@@ -133,12 +136,13 @@ def _print(
     how = f"[{_LEARNED_STYLE}]green[/]" if console.is_terminal else "between ⟦ ⟧"
     console.print(f"Learned tokens are {how}; the rest is what the model is given.\n", highlight=False)
     console.print(_counts_table(job, counts))
-    console.print(_turns_table(counts))
+    if counts.total.answers:
+        console.print(_turns_table(counts))
     console.print(_lengths_table(preview))
     for notice in counts.notices:
-        console.print(Text(_harmless(f"Notice: {notice}"), style="yellow"))
+        console.print(Text(visible(f"Notice: {notice}"), style="yellow"))
     if bad:
-        lines = [Text(_harmless(f"{record.place}: {record.reason}")) for record in bad]
+        lines = [Text(visible(f"{record.place}: {record.reason}")) for record in bad]
         title = f"malformed records: the first {len(bad)} of {counts.total.bad}"
         console.print(Panel(Group(*lines), title=title, title_align="left"))
 
@@ -146,7 +150,7 @@ def _print(
 def _highlight(example: ShownExample, *, colour: bool) -> Text:
     text = Text()
     for piece, learned in (
-        (_harmless(piece), learned) for piece, learned in shorten(example.pieces, _SHOWN_CHARACTERS)
+        (visible(piece), learned) for piece, learned in shorten(example.pieces, _SHOWN_CHARACTERS)
     ):
         if colour:
             text.append(piece, style=_LEARNED_STYLE if learned else "")
@@ -155,40 +159,36 @@ def _highlight(example: ShownExample, *, colour: bool) -> Text:
     return text
 
 
-def _harmless(text: str) -> str:
-    """Control characters made visible: data must not steer the terminal that it is shown on."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-        lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}",
-        text,
-    )
-
-
 def _counts_table(job: JobSpec, counts: "DataCounts") -> Table:
     table = Table(title="counts", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("source", overflow="fold", min_width=16)
     names = ("records", "bad", "dropped", "cut", "train", "validation", "test", "tokens", "learned_tokens")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    rows = [(source.uri, found) for source, found in zip(job.data.sources, counts.sources, strict=True)]
+    named = enumerate(zip(job.data.sources, counts.sources, strict=True))
+    rows = [(_label(at, source.uri, len(job.data.sources)), found) for at, (source, found) in named]
     for label, found in [*rows, ("total", counts.total)]:
         table.add_row(escape(label), *(f"{getattr(found, name):,}" for name in names))
     return table
 
 
+def _label(number: int, uri: str, sources: int) -> str:
+    """What a source is called: the other tables name it by its number."""
+    return uri if sources == 1 else f"{number}: {uri}"
+
+
 def _turns_table(counts: "DataCounts") -> Table:
+    """What of the records is learned; what no record holds has no column."""
+    total = counts.total
+    parts = [("answers", "learned_answers", "answers"), ("ends of answers", "ends", "learned_answers")]
+    parts += [("tool calls", "learned_calls", "calls")] if total.calls else []
+    parts += [("thoughts", "learned_thoughts", "thoughts")] if total.thoughts else []
     table = Table(title="learned, of all", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("source", "answers", "ends", "tool calls", "thoughts", "divided chats"):
+    for name in ("source", *(title for title, _, _ in parts), *(["divided chats"] if total.divided else [])):
         table.add_column(name, justify="right")
     for at, found in enumerate(counts.sources):
-        table.add_row(
-            str(at),
-            f"{found.learned_answers:,} of {found.answers:,}",
-            f"{found.ends:,}",
-            f"{found.learned_calls:,} of {found.calls:,}",
-            f"{found.learned_thoughts:,} of {found.thoughts:,}",
-            f"{found.divided:,}",
-        )
+        cells = [f"{getattr(found, learned):,} of {getattr(found, all):,}" for _, learned, all in parts]
+        table.add_row(str(at), *cells, *([f"{found.divided:,}"] if total.divided else []))
     return table
 
 
@@ -202,5 +202,5 @@ def _lengths_table(preview: Preview) -> Table:
     for (source, template), lengths in sorted(preview.lengths.items()):
         figures = lengths.to_json()
         row = ("–" if figures[name] is None else f"{figures[name]:,}" for name in names)
-        table.add_row(str(source), Text(_harmless(" ".join(template.split()))[:60]), *row)
+        table.add_row(str(source), Text(visible(" ".join(template.split()))[:60]), *row)
     return table

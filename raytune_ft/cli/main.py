@@ -150,7 +150,10 @@ def fleet(
 def data(
     job_file: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
     override: Override = [],  # noqa: B006  typer copies it
-    examples: Annotated[int, typer.Option(min=0, help="Rendered examples to show.")] = 3,
+    examples: Annotated[
+        int,
+        typer.Option(min=0, help="First examples of each source to show, beside one of each kind of turn."),
+    ] = 1,
     templates: Annotated[bool, typer.Option("--templates", help="List the built-in templates.")] = False,
     report: Annotated[
         Path | None,

@@ -1,5 +1,6 @@
 """What a person looks at before training: an example of each kind of turn, and the lengths of all."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,12 @@ from raytune_ft.data.conversation import Conversation, Turn
 
 if TYPE_CHECKING:
     from raytune_ft.data.examples import Observed
+
+
+_MOST_PIECES = 10
+"""Of an example on a terminal."""
+_BARS = 20
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -147,12 +154,17 @@ def percentile(counts: Mapping[int, int], percent: int) -> int:
 
 
 def shorten(pieces: Sequence[tuple[str, bool]], most: int) -> list[tuple[str, bool]]:
-    """Pieces of at most about so many characters each; the middle of longer ones is counted.
+    """Pieces of at most about so many characters each; the middle of longer ones, and of many, is counted.
 
     >>> shorten([("abcdefgh", True)], 4)
     [('ab […4 characters left out…] gh', True)]
     """
-    return [(_shortened(text, most), learned) for text, learned in pieces]
+    shown = [(_shortened(text, most), learned) for text, learned in pieces]
+    if len(shown) <= _MOST_PIECES:
+        return shown
+    half = _MOST_PIECES // 2
+    middle = f"\n[…{len(shown) - 2 * half} more pieces left out…]\n"
+    return [*shown[:half], (middle, False), *shown[-half:]]
 
 
 def _shortened(text: str, most: int) -> str:
@@ -160,6 +172,33 @@ def _shortened(text: str, most: int) -> str:
         return text
     half = most // 2
     return f"{text[:half]} […{len(text) - 2 * half:,} characters left out…] {text[-half:]}"
+
+
+def visible(text: str) -> str:
+    r"""Return a text with its control characters written out: data must not steer what it is shown on.
+
+    >>> visible("a\x07")
+    'a\\x07'
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def histogram(counts: Mapping[int, int]) -> list[dict[str, int]]:
+    """Return how many values lie in each of some equal ranges, as `from`, `to` (inclusive) and `examples`.
+
+    >>> histogram({1: 2, 2: 1, 40: 5})[0], len(histogram({1: 2, 2: 1, 40: 5}))
+    ({'from': 1, 'to': 2, 'examples': 3}, 20)
+    """
+    if not counts:
+        return []
+    least, most = min(counts), max(counts)
+    width = max(1, -(-(most - least + 1) // _BARS))
+    bars = [
+        {"from": start, "to": start + width - 1, "examples": 0} for start in range(least, most + 1, width)
+    ]
+    for value, count in counts.items():
+        bars[(value - least) // width]["examples"] += count
+    return bars
 
 
 def to_json(preview: Preview) -> dict[str, Any]:
@@ -178,7 +217,12 @@ def to_json(preview: Preview) -> dict[str, Any]:
             for example in preview.examples
         ],
         "templates": [
-            {"source": source, "template": template, "lengths": lengths.to_json()}
+            {
+                "source": source,
+                "template": template,
+                "lengths": lengths.to_json(),
+                "histogram": histogram(lengths.before_limit),
+            }
             for (source, template), lengths in sorted(preview.lengths.items())
         ],
     }
