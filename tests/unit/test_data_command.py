@@ -12,7 +12,7 @@ from html_page import Page
 
 from raytune_ft.cli.data import data_command, templates_command
 from raytune_ft.data.template import TEMPLATES
-from raytune_ft.errors import DataError
+from raytune_ft.errors import DataError, SpecError
 from raytune_ft.spec import JobSpec, parse_job
 
 
@@ -173,3 +173,13 @@ def test_the_page_shows_hostile_text_as_text(base: Path, tmp_path: Path) -> None
     assert [tag for tag, _ in page.tags].count("article") == 1
     assert [tag for tag, _ in page.tags].count("mark") == 2
     assert "Malformed records: the first 1 of 1" in page.text
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("missing/data.html", "its folder does not exist"), (".", "is a folder")]
+)
+def test_a_page_that_cannot_be_written_is_refused_before_the_data_is_read(
+    base: Path, tmp_path: Path, place: str, reason: str
+) -> None:
+    with pytest.raises(SpecError, match=reason):
+        data_command(job(base, tmp_path, []), 1, False, tmp_path / place)
