@@ -31,6 +31,8 @@ class _Choice(NamedTuple):
     form: MessageForm
     lost: tuple[Part, ...]
     """Of the marked chat."""
+    ends: Mapping[int, "_End"]
+    """What follows each learned answer, by its place."""
 
 
 class _End(NamedTuple):
@@ -67,7 +69,6 @@ class ChatTemplate:
     end_tokens: tuple[str, ...] | None = None
     """Tokens that an answer can end with; None: any marker."""
     _choices: dict[Any, _Choice] = field(default_factory=dict, repr=False, compare=False)
-    _ends: dict[Any, _End] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Segments of all learned answers, and what the template leaves out. See Template.
@@ -80,7 +81,7 @@ class ChatTemplate:
         parts = list(parts_of(conversation))
         examples = self._marked_by_template(conversation, choice.form)
         if not examples or missing(parts, _texts(examples)):
-            examples = self._examples(conversation, choice.form)
+            examples = self._examples(conversation, choice.form, dict(choice.ends))
         lost = missing(parts, _texts(examples))
         named = {(part.name, part.place) for part in lost}
         structural = {(part.name, part.place) for part in choice.lost} - named
@@ -141,7 +142,10 @@ class ChatTemplate:
         return text, spans
 
     def _choice(self, conversation: Conversation) -> _Choice:
-        """The form of messages in which least is lost, found once for each shape of chats."""
+        """The form of messages in which least is lost, found once for each shape of chats.
+
+        It depends on the shape alone: else the tokens of a chat would depend on the chats before it.
+        """
         shape = shape_of(conversation)
         if shape not in self._choices:
             if len(self._choices) >= _CACHED_SHAPES:
@@ -154,19 +158,20 @@ class ChatTemplate:
         parts = list(parts_of(sample))
         best: _Choice | None = None
         for form in forms_for(conversation):
+            ends: dict[int, _End] = {}
             try:
-                examples = self._examples(sample, form)
+                examples = self._examples(sample, form, ends)
             except Malformed:
                 continue
             lost = missing(parts, _texts(examples)) + self._unread_keys(sample, form, examples)
             if _is_misread("".join(_texts(examples))):
                 continue
             if not lost:
-                return _Choice(form, ())
+                return _Choice(form, (), ends)
             if best is None or len(lost) < len(best.lost):
-                best = _Choice(form, tuple(lost))
+                best = _Choice(form, tuple(lost), ends)
         # A template that takes no form of the marked chat tells why with the chat itself.
-        return best or _Choice(FIRST_FORM, ())
+        return best or _Choice(FIRST_FORM, (), {})
 
     def _unread_keys(
         self, conversation: Conversation, form: MessageForm, examples: Sequence[Example]
@@ -180,18 +185,21 @@ class ChatTemplate:
                 for turn in conversation.turns
             )
             try:
-                without = self._examples(conversation._replace(turns=turns), form)
+                without = self._examples(conversation._replace(turns=turns), form, {})
             except Malformed:
                 continue
             if without == examples:
                 unread.add(key)
         return [part for part in parts if part.name in unread]
 
-    def _examples(self, conversation: Conversation, form: MessageForm) -> tuple[Example, ...]:
+    def _examples(
+        self, conversation: Conversation, form: MessageForm, ends: dict[int, _End]
+    ) -> tuple[Example, ...]:
+        """The learned answers, each after its own prompt; adds what follows each of them to `ends`."""
         examples: list[Example] = []
         prompt, last = "", _Answer("", _NO_END)
         for at in conversation.learned:
-            found = self._answer(conversation, at, form)
+            found = self._answer(conversation, at, form, ends)
             if found is None:
                 continue
             before, (prompt_before, last_before) = Example(()), (prompt, last)
@@ -210,7 +218,9 @@ class ChatTemplate:
             examples.append(Example(one_text((*before.segments, given, answer)), (*before.answers, at)))
         return tuple(examples)
 
-    def _answer(self, conversation: Conversation, at: int, form: MessageForm) -> tuple[str, "_Answer"] | None:
+    def _answer(
+        self, conversation: Conversation, at: int, form: MessageForm, ends: dict[int, _End]
+    ) -> tuple[str, "_Answer"] | None:
         """An answer with its prompt; None where the template has no place for a chat that opens with it."""
         opens = not any(turn.role in ("user", "tool") for turn in conversation.turns[:at])
         try:
@@ -220,7 +230,10 @@ class ChatTemplate:
             if not opens:
                 raise
             return None
-        end = self._end(conversation, at, form, whole)
+        end = ends.get(at)
+        if end is None or not whole.endswith(end.suffix):
+            end = self._find_end(conversation, at, form, whole)
+            ends.setdefault(at, end)
         if whole.startswith(prompt):
             answer = whole[len(prompt) : len(whole) - len(end.suffix)]
         else:
@@ -272,14 +285,6 @@ class ChatTemplate:
             thoughts = conversation.turns[at].thoughts
             return f"{thoughts}\n</think>\n\n{answer}"
         return answer
-
-    def _end(self, conversation: Conversation, at: int, form: MessageForm, whole: str) -> _End:
-        turn = conversation.turns[at]
-        kind = (form, bool(turn.calls), bool(turn.text), at and conversation.turns[at - 1].role)
-        end = self._ends.get(kind)
-        if end is None or not whole.endswith(end.suffix):
-            end = self._ends[kind] = self._find_end(conversation, at, form, whole)
-        return end
 
     def _find_end(self, conversation: Conversation, at: int, form: MessageForm, whole: str) -> _End:
         """What stands behind any answer, and how much of it ends the answer."""

@@ -157,7 +157,7 @@ class _Marks:
 
 
 def marked(conversation: Conversation) -> Conversation:
-    """Return a conversation of the same form with a mark in the place of each text."""
+    """Return a conversation with a mark in the place of each text: the same one for equal shapes."""
     marks = _Marks()
     turns = tuple(_marked_turn(turn, marks) for turn in conversation.turns)
     tools: tuple[Any, ...] = ()
@@ -176,13 +176,30 @@ def _marked_turn(turn: Turn, marks: _Marks) -> Turn:
         context=marks.of(turn.context),
         thoughts=marks.of(turn.thoughts),
         calls=tuple(_marked_call(call, marks) for call in turn.calls),
+        other={key: _sample_of(value, marks) for key, value in turn.other.items()},
+        name="name" if turn.name else "",
+        call_id="x" * len(turn.call_id),
         inline="",
     )
 
 
+def _sample_of(value: Any, marks: _Marks) -> Any:
+    """A value of the same kind."""
+    match value:
+        case bool():
+            return value
+        case dict():
+            return {marks.next(): marks.next()}
+        case list():
+            return [marks.next()]
+        case str():
+            return marks.next()
+    return 1
+
+
 def _marked_call(call: ToolCall, marks: _Marks) -> ToolCall:
     arguments = {marks.next(): marks.next()} if isinstance(call.arguments, dict) else marks.next()
-    return call._replace(name=marks.next(), arguments=arguments if call.arguments else call.arguments)
+    return ToolCall(marks.next(), arguments if call.arguments else call.arguments, "x" * len(call.id))
 
 
 def shape_of(conversation: Conversation) -> tuple[Any, ...]:
@@ -197,8 +214,11 @@ def shape_of(conversation: Conversation) -> tuple[Any, ...]:
             turn.learned,
             bool(turn.name),
             len(turn.call_id),
-            tuple(turn.other),
+            tuple(
+                (key, value if isinstance(value, bool) else type(value)) for key, value in turn.other.items()
+            ),
         )
         for turn in conversation.turns
     )
-    return turns, bool(conversation.tools), tuple(conversation.variables)
+    # What a template does with its variables is not known, so their values count.
+    return turns, bool(conversation.tools), as_json(dict(conversation.variables))

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytune_ft.data.chat_template import ChatTemplate
 from raytune_ft.data.conversation import Conversation, Malformed
+from raytune_ft.data.coverage import marked, shape_of
 from raytune_ft.data.message_forms import messages_in
 from raytune_ft.data.records import read_record
 from raytune_ft.spec import FieldsSpec
@@ -160,3 +161,36 @@ def test_a_chat_that_several_prompts_share_is_one_example() -> None:
     assert isinstance(chat, Conversation)
     assert len(OWN["_base"].render(chat).examples) == 1
     assert len(OWN["Qwen/Qwen3-0.6B"].render(chat).examples) == 2
+
+
+def test_what_a_chat_becomes_does_not_depend_on_the_chats_before_it() -> None:
+    """Windows are read in any order, by any process."""
+    records = [record for forms in CHATS.values() for record in forms.values()] + tool_chats()[:20]
+    for name in (
+        "Qwen/Qwen3-0.6B",
+        "HuggingFaceH4/zephyr-7b-gemma-v0.1",
+        "mistralai/Mistral-Nemo-Instruct-2407",
+    ):
+        given = OWN[name]
+
+        def in_order(order: list[dict[str, Any]], given: ChatTemplate = given) -> list[Any]:
+            template = ChatTemplate(given.source, given.special_tokens)
+            found = []
+            for record in order:
+                try:
+                    found.append(rendered(template, record)[1])
+                except Malformed as error:
+                    found.append(str(error))
+            return found
+
+        assert in_order(records) == in_order(records[::-1])[::-1]
+
+
+def test_the_marked_chat_depends_on_the_shape_alone() -> None:
+    shapes: dict[Any, Conversation] = {}
+    for record in tool_chats():
+        chat = read_record(record, FieldsSpec())
+        assert isinstance(chat, Conversation)
+        sample = marked(chat)._replace(columns={}, references=())
+        assert shapes.setdefault(shape_of(chat), sample) == sample
+    assert len(shapes) < 40

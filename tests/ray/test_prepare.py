@@ -157,7 +157,10 @@ def test_an_unreadable_one_of_many_objects(tmp_path: Path) -> None:
     broken.write_bytes(b"\xff\xfea")
     with pytest.raises(DataError) as raised:
         prepare(job(tmp_path, {"uri": str(tmp_path / "many")}), tokenizer=TOKENIZER)
-    assert str(raised.value) == f"{broken}: the text is UTF-16; save it as UTF-8"
+    assert (
+        str(raised.value)
+        == f"{broken}: the text is UTF-16; save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does"
+    )
 
 
 def test_contents_outlive_the_execution_and_the_files(tmp_path: Path) -> None:
