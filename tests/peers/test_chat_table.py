@@ -81,7 +81,15 @@ def carries_tools(name: str) -> bool:
     return all(outcome(OWN[name], record) == "✓" for record in CHATS["tools"].values())
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if carries_tools(name)])
+@pytest.mark.parametrize(
+    "name",
+    # Those of TRL are many; a few of them are enough for each day.
+    [
+        pytest.param(name, marks=[] if name in peer_templates() or "glm" in name else pytest.mark.slow)
+        for name in OWN
+        if carries_tools(name)
+    ],
+)
 def test_every_call_and_every_answer_of_the_tool_chats_is_learned(name: str) -> None:
     counts = Counter[str]()
     for record in tool_chats():
@@ -135,7 +143,7 @@ def marked_by_transformers(template: ChatTemplate, conversation: Conversation) -
 def test_learned_text_is_that_of_trls_masks(name: str) -> None:
     template = TEMPLATES[name]
     compared = 0
-    records = [*(CHATS[kind][form] for kind, form in FORMS if kind != "flags"), *tool_chats()[:30]]
+    records = [*(CHATS[kind][form] for kind, form in FORMS if kind != "flags"), *tool_chats()[:12]]
     for record in records:
         try:
             conversation, found = rendered(template, record)
@@ -153,7 +161,7 @@ def test_learned_text_is_that_of_trls_masks(name: str) -> None:
             continue
         assert [s.text for e in found.examples for s in e.segments if s.learned] == marked
         compared += 1
-    assert compared >= 15
+    assert compared >= 10
 
 
 def test_a_chat_that_several_prompts_share_is_one_example() -> None:
