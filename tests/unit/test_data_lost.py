@@ -10,7 +10,7 @@ import tiny
 from raytune_ft.data.chat_template import ChatTemplate
 from raytune_ft.data.conversation import Conversation
 from raytune_ft.data.encoder import Encoder
-from raytune_ft.data.examples import TokenisedWindow, tokenise_window
+from raytune_ft.data.examples import TokenisedWindow, decode, encode, tokenise_window
 from raytune_ft.data.index import divide
 from raytune_ft.data.records import read_record
 from raytune_ft.data.sources import list_objects
@@ -181,3 +181,9 @@ def test_what_a_template_writes_as_json_is_found() -> None:
     chat = read_record({"messages": messages}, FieldsSpec())
     assert isinstance(chat, Conversation)
     assert ChatTemplate(source, {}).render(chat).lost == ()
+
+
+def test_what_is_left_out_survives_the_cache(tmp_path: Path) -> None:
+    found = window(tmp_path, [{"messages": [HI, {**HELLO, "thinking": "x"}], "id": 1}])
+    assert decode(encode(found)).report == found.report
+    assert found.report.counts.left_out == {"id": 1}
