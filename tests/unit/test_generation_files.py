@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from answerers import CHATML, chat_base, chat_tokenizer, job_of, llama_of, recipe_of
+from overfitting import Folders
 from test_generate import says
 from transformers import (
     AutoModelForCausalLM,
@@ -70,7 +71,7 @@ def trained(job: JobSpec) -> Path:
     position = replace(recipe.begin(bench, None), step=1, history=[entry])
     folder = Path(job.publish.catalog).parent / f"written-{job.name}"
     folder.mkdir()
-    done = recipe.finish(bench, position, folder)
+    done = recipe.finish(bench, position, folder, Folders(folder).fetch)
     assert done is not None
     recipe.publish(done, None, 1.0)
     to = folder.parent / f"pulled-{job.name}"
