@@ -10,10 +10,12 @@ from pathlib import Path
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
-from raytune_ft.storage import local_path, open_storage
+from raytune_ft.storage import ObjectInfo, Storage, local_path, open_storage
+from raytune_ft.weight_index import index_in, shards_in
 
 _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_ADAPTER = "adapter_config.json"
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 64
@@ -29,7 +31,8 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         weights: False leaves the weights where they are: enough for the config and the tokenizer.
 
     Raises:
-        ModelError: there is no such model, or it holds no safetensors.
+        ModelError: there is no such model, it holds no safetensors, or what says where its weights are leads
+            elsewhere.
         StorageError: the bucket cannot be read.
     """
     if path.startswith("s3://"):
@@ -38,7 +41,9 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         folder = local_path(path).expanduser()
         if not folder.is_dir():
             raise ModelError(f"model.path = {path}: no such folder")
-        check_files(path, [file.name for file in folder.iterdir()])
+        names = [file.name for file in folder.iterdir()]
+        check_files(path, names)
+        shards_in(folder, path, names)
         return folder
     return _from_hub(path, weights)
 
@@ -49,7 +54,7 @@ def _is_folder(path: str) -> bool:
 
 
 def check_files(path: str, names: Iterable[str]) -> None:
-    """Refuse a folder that is no model, or has only pickled weights.
+    """Refuse a folder that is no model, has only pickled weights, or sends transformers to another base.
 
     Raises:
         ModelError: says which file is missing or refused.
@@ -57,6 +62,12 @@ def check_files(path: str, names: Iterable[str]) -> None:
     found = sorted(names)
     if "config.json" not in found:
         raise ModelError(f"model.path = {path}: no config.json; name the folder that holds the model's files")
+    if _ADAPTER in found:
+        # transformers would load the base that it names, and the adapter, which may be a pickle.
+        raise ModelError(
+            f"model.path = {path}: holds {_ADAPTER}, by which transformers would load another base; "
+            "remove that file, or merge the adapter with raytune-ft catalog merge"
+        )
     if any(name.endswith(_WEIGHTS) for name in found):
         return
     pickled = [name for name in found if name.endswith(_PICKLED)]
@@ -66,10 +77,6 @@ def check_files(path: str, names: Iterable[str]) -> None:
             "which can run code when loaded; convert them with save_pretrained(safe_serialization=True)"
         )
     raise ModelError(f"model.path = {path}: no .safetensors file")
-
-
-def _wanted(weights: bool) -> tuple[str, ...]:
-    return (*_DESCRIPTION, _WEIGHTS) if weights else _DESCRIPTION
 
 
 def _from_bucket(uri: str, weights: bool) -> Path:
@@ -84,13 +91,20 @@ def _from_bucket(uri: str, weights: bool) -> Path:
         for partial in cache.glob(".*.partial"):
             # Whoever wrote it has ended: it would hold the lock.
             partial.unlink()
-        for found in objects:
-            target = cache / found.key
-            if found.key.endswith(_wanted(weights)) and not target.is_file():
-                partial = cache / f".{found.key}.partial"
-                storage.download(found.key, partial)
-                partial.replace(target)
+        _copy(storage, objects, _DESCRIPTION, cache)
+        shards_in(cache, uri, {found.key for found in objects})
+        if weights:
+            _copy(storage, objects, (_WEIGHTS,), cache)
     return cache
+
+
+def _copy(storage: Storage, objects: Iterable[ObjectInfo], suffixes: tuple[str, ...], cache: Path) -> None:
+    for found in objects:
+        target = cache / found.key
+        if found.key.endswith(suffixes) and not target.is_file():
+            partial = cache / f".{found.key}.partial"
+            storage.download(found.key, partial)
+            partial.replace(target)
 
 
 @contextmanager
@@ -106,8 +120,9 @@ def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = (*_DESCRIPTION, _WEIGHTS) if weights else _DESCRIPTION
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _wanted(weights)]))
+        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in wanted]))
     except HFValidationError:
         raise ModelError(f"model.path = {name}: no such folder, and not a Hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -115,8 +130,10 @@ def _from_hub(name: str, weights: bool) -> Path:
             f"model.path = {name}: no such folder, and the Hub did not give it ({type(error).__name__}); "
             "check the name, HF_TOKEN and HF_HUB_OFFLINE"
         ) from None
+    names = [file.name for file in folder.iterdir()]
     if weights:
-        check_files(name, [file.name for file in folder.iterdir()])
+        check_files(name, names)
+    shards_in(folder, name, names if weights else None)
     return folder
 
 
@@ -159,11 +176,39 @@ def base_identity(path: str) -> str:
 def base_digest(folder: Path) -> str:
     """Identity of a base: sha256 over its config and, per weight file, name, size and 64 samples of 64 KiB.
 
+    The weight files are those that transformers reads. Where the folder holds other safetensors too, the
+    index that tells which are read is covered as well; elsewhere it says nothing that the shards do not.
+
     Samples keep this quick for large models; another model, revision or dtype gives another digest. It is not
     a defence against somebody who alters single weights on purpose.
+
+    Raises:
+        ModelError: what says where the weights are leads out of the folder, or to a file that is not there.
     """
+    present = sorted(folder.glob(f"*{_WEIGHTS}"))
+    shards = shards_in(folder, str(folder), {file.name for file in present})
+    read = present if shards is None else [folder / name for name in shards]
+    index = index_in(folder)
+    return _digest(folder, index if index and read != present else None, read)
+
+
+def is_base(folder: Path, digest: str) -> bool:
+    """Whether the base in a folder is the one whose digest a record holds.
+
+    Records of earlier versions name a digest of all safetensors files in the folder, read or not.
+
+    Raises:
+        ModelError: as `base_digest`.
+    """
+    return digest == base_digest(folder) or digest == _digest(folder, None, folder.glob(f"*{_WEIGHTS}"))
+
+
+def _digest(folder: Path, index: Path | None, weights: Iterable[Path]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob(f"*{_WEIGHTS}")):
+    if index is not None:
+        content = index.read_bytes()
+        digest.update(f"{index.name} {len(content)}\n".encode() + content)
+    for file in sorted(weights):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

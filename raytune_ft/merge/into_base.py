@@ -25,7 +25,7 @@ from raytune_ft.merge.result import (
 )
 from raytune_ft.methods import saving
 from raytune_ft.methods.lora import linear_modules, linear_shape
-from raytune_ft.model_files import base_digest, model_folder
+from raytune_ft.model_files import base_digest, is_base, model_folder
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
@@ -158,14 +158,14 @@ def _prepare(
 
 def _check_base(spec: ModelSpec, record: AdapterRecord, *, given: bool) -> None:
     try:
-        digest = base_digest(model_folder(spec.path))
+        folder = model_folder(spec.path)
     except ModelError as error:
         remedy = "" if given else "; name a copy of it with --base"
         raise ModelError(f"{record.reference}: its base is not there: {error}{remedy}") from None
-    if digest != record.base.digest:
+    if not is_base(folder, record.base.digest):
         raise ModelError(
             f"{record.reference} was trained on another base than {spec.path} holds now (digest "
-            f"{short_digest(record)}, found {digest[:12]}…); name that base with --base"
+            f"{short_digest(record)}, found {base_digest(folder)[:12]}…); name that base with --base"
         )
 
 
