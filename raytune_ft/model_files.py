@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from raytune_ft.errors import ModelError
@@ -17,6 +18,18 @@ _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = "adapter_config.json"
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
+_TOKENIZER = (
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.jinja",
+)
+"""Names of the files by which tokenizers are told and their chat templates."""
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 64
 
@@ -168,9 +181,44 @@ def base_identity(path: str) -> str:
         return folder.name
     digest = hashlib.sha256(base_digest(folder).encode())
     for file in sorted(file for file in folder.iterdir() if file.suffix in _DESCRIPTION):
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+        digest.update(_named_content(file))
     return digest.hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Identity of a base's tokenizer: sha256 over names and contents of its files and chat template."""
+    described = (file for file in folder.iterdir() if file.suffix in _DESCRIPTION)
+    digest = hashlib.sha256()
+    for file in sorted(described):
+        if any(fnmatchcase(file.name, pattern) for pattern in _TOKENIZER):
+            digest.update(_named_content(file))
+    return digest.hexdigest()
+
+
+def check_tokenizer(reference: str, path: str, digest: str | None) -> None:
+    """Refuse a base whose tokenizer is not the one that a version was trained with.
+
+    Args:
+        reference: of the version, for messages.
+        path: where the base is.
+        digest: `tokenizer_digest` of then; None, as in records of earlier versions, says nothing.
+
+    Raises:
+        ModelError: the tokenizer's files are others, or there is no such base.
+    """
+    if digest is None:
+        return
+    found = tokenizer_digest(model_folder(path, weights=False))
+    if found != digest:
+        raise ModelError(
+            f"{reference} was trained with another tokenizer than {path} holds now (digest {digest[:12]}…, "
+            f"found {found[:12]}…); put the tokenizer and chat template of then back, or train again"
+        )
+
+
+def _named_content(file: Path) -> bytes:
+    content = file.read_bytes()
+    return f"{file.name} {len(content)}\n".encode() + content
 
 
 def base_digest(folder: Path) -> str:
@@ -192,22 +240,27 @@ def base_digest(folder: Path) -> str:
     return _digest(folder, index if index and read != present else None, read)
 
 
-def is_base(folder: Path, digest: str) -> bool:
+def is_base(folder: Path, digest: str, *, earlier: bool) -> bool:
     """Whether the base in a folder is the one whose digest a record holds.
 
-    Records of earlier versions name a digest of all safetensors files in the folder, read or not.
+    Args:
+        folder: holds a base.
+        digest: what the record says.
+        earlier: the record is of an earlier version, whose digests cover all safetensors files in the folder,
+            read or not.
 
     Raises:
         ModelError: as `base_digest`.
     """
-    return digest == base_digest(folder) or digest == _digest(folder, None, folder.glob(f"*{_WEIGHTS}"))
+    if digest == base_digest(folder):
+        return True
+    return earlier and digest == _digest(folder, None, folder.glob(f"*{_WEIGHTS}"))
 
 
 def _digest(folder: Path, index: Path | None, weights: Iterable[Path]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     if index is not None:
-        content = index.read_bytes()
-        digest.update(f"{index.name} {len(content)}\n".encode() + content)
+        digest.update(_named_content(index))
     for file in sorted(weights):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

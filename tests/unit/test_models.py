@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import ModelError
-from raytune_ft.model_files import _from_bucket, base_digest, base_identity, is_base, model_folder, read_facts
+from raytune_ft.model_files import (
+    _from_bucket,
+    base_digest,
+    base_identity,
+    check_tokenizer,
+    is_base,
+    model_folder,
+    read_facts,
+    tokenizer_digest,
+)
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
@@ -363,9 +372,35 @@ class TestDigestOfShards:
         )
         earlier = "0c038d626c2921710420c5a35f4976765c10718b4dbfbf29aa96123fef756c13"
         assert base_digest(folder) != earlier
-        assert is_base(folder, earlier)
-        assert is_base(folder, base_digest(folder))
-        assert not is_base(folder, "d" * 64)
+        assert is_base(folder, earlier, earlier=True)
+        assert not is_base(folder, earlier, earlier=False)
+        for of_then in (True, False):
+            assert is_base(folder, base_digest(folder), earlier=of_then)
+            assert not is_base(folder, "d" * 64, earlier=of_then)
+
+
+class TestTokenizerDigest:
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "vocab.txt", "spiece.model"])
+    def test_another_for_other_files(self, base: Path, saved: Path, name: str) -> None:
+        content = (base / name).read_text() if (base / name).is_file() else ""
+        (base / name).write_text(f"{content} ")
+        assert tokenizer_digest(base) != tokenizer_digest(saved)
+
+    def test_the_same_whatever_else_stands_there(self, base: Path, saved: Path) -> None:
+        for name in ("README.txt", "config.json", "trainer_state.json", "more.safetensors", "tokenizer.py"):
+            (base / name).write_text("not the tokenizer's")
+        assert tokenizer_digest(base) == tokenizer_digest(saved)
+
+    def test_what_a_record_says_is_compared(self, base: Path) -> None:
+        then = tokenizer_digest(base)
+        check_tokenizer("sum@v1", str(base), then)
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        check_tokenizer("sum@v1", str(base), None)
+        assert refusal(lambda: check_tokenizer("sum@v1", str(base), then)) == (
+            f"sum@v1 was trained with another tokenizer than {base} holds now (digest {then[:12]}…, found "
+            f"{tokenizer_digest(base)[:12]}…); put the tokenizer and chat template of then back, "
+            "or train again"
+        )
 
 
 class TestTokenizer:
