@@ -6,15 +6,30 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
-from raytune_ft.storage import local_path, open_storage
+from raytune_ft.storage import ObjectInfo, Storage, local_path, open_storage
+from raytune_ft.weight_index import index_in, shards_in
 
 _WEIGHTS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_ADAPTER = "adapter_config.json"
 _DESCRIPTION = (".json", ".model", ".txt", ".jinja")
+_TOKENIZER = (
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.jinja",
+)
+"""Names of the files by which tokenizers are told and their chat templates."""
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 64
 
@@ -29,7 +44,8 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         weights: False leaves the weights where they are: enough for the config and the tokenizer.
 
     Raises:
-        ModelError: there is no such model, or it holds no safetensors.
+        ModelError: there is no such model, it holds no safetensors, or what says where its weights are leads
+            elsewhere.
         StorageError: the bucket cannot be read.
     """
     if path.startswith("s3://"):
@@ -38,7 +54,9 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         folder = local_path(path).expanduser()
         if not folder.is_dir():
             raise ModelError(f"model.path = {path}: no such folder")
-        check_files(path, [file.name for file in folder.iterdir()])
+        names = [file.name for file in folder.iterdir()]
+        check_files(path, names)
+        shards_in(folder, path, names)
         return folder
     return _from_hub(path, weights)
 
@@ -49,7 +67,7 @@ def _is_folder(path: str) -> bool:
 
 
 def check_files(path: str, names: Iterable[str]) -> None:
-    """Refuse a folder that is no model, or has only pickled weights.
+    """Refuse a folder that is no model, has only pickled weights, or sends transformers to another base.
 
     Raises:
         ModelError: says which file is missing or refused.
@@ -57,6 +75,12 @@ def check_files(path: str, names: Iterable[str]) -> None:
     found = sorted(names)
     if "config.json" not in found:
         raise ModelError(f"model.path = {path}: no config.json; name the folder that holds the model's files")
+    if _ADAPTER in found:
+        # transformers would load the base that it names, and the adapter, which may be a pickle.
+        raise ModelError(
+            f"model.path = {path}: holds {_ADAPTER}, by which transformers would load another base; "
+            "remove that file, or merge the adapter with raytune-ft catalog merge"
+        )
     if any(name.endswith(_WEIGHTS) for name in found):
         return
     pickled = [name for name in found if name.endswith(_PICKLED)]
@@ -66,10 +90,6 @@ def check_files(path: str, names: Iterable[str]) -> None:
             "which can run code when loaded; convert them with save_pretrained(safe_serialization=True)"
         )
     raise ModelError(f"model.path = {path}: no .safetensors file")
-
-
-def _wanted(weights: bool) -> tuple[str, ...]:
-    return (*_DESCRIPTION, _WEIGHTS) if weights else _DESCRIPTION
 
 
 def _from_bucket(uri: str, weights: bool) -> Path:
@@ -84,13 +104,20 @@ def _from_bucket(uri: str, weights: bool) -> Path:
         for partial in cache.glob(".*.partial"):
             # Whoever wrote it has ended: it would hold the lock.
             partial.unlink()
-        for found in objects:
-            target = cache / found.key
-            if found.key.endswith(_wanted(weights)) and not target.is_file():
-                partial = cache / f".{found.key}.partial"
-                storage.download(found.key, partial)
-                partial.replace(target)
+        _copy(storage, objects, _DESCRIPTION, cache)
+        shards_in(cache, uri, {found.key for found in objects})
+        if weights:
+            _copy(storage, objects, (_WEIGHTS,), cache)
     return cache
+
+
+def _copy(storage: Storage, objects: Iterable[ObjectInfo], suffixes: tuple[str, ...], cache: Path) -> None:
+    for found in objects:
+        target = cache / found.key
+        if found.key.endswith(suffixes) and not target.is_file():
+            partial = cache / f".{found.key}.partial"
+            storage.download(found.key, partial)
+            partial.replace(target)
 
 
 @contextmanager
@@ -106,8 +133,9 @@ def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = (*_DESCRIPTION, _WEIGHTS) if weights else _DESCRIPTION
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _wanted(weights)]))
+        folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in wanted]))
     except HFValidationError:
         raise ModelError(f"model.path = {name}: no such folder, and not a Hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -115,8 +143,10 @@ def _from_hub(name: str, weights: bool) -> Path:
             f"model.path = {name}: no such folder, and the Hub did not give it ({type(error).__name__}); "
             "check the name, HF_TOKEN and HF_HUB_OFFLINE"
         ) from None
+    names = [file.name for file in folder.iterdir()]
     if weights:
-        check_files(name, [file.name for file in folder.iterdir()])
+        check_files(name, names)
+    shards_in(folder, name, names if weights else None)
     return folder
 
 
@@ -151,19 +181,87 @@ def base_identity(path: str) -> str:
         return folder.name
     digest = hashlib.sha256(base_digest(folder).encode())
     for file in sorted(file for file in folder.iterdir() if file.suffix in _DESCRIPTION):
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+        digest.update(_named_content(file))
     return digest.hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Identity of a base's tokenizer: sha256 over names and contents of its files and chat template."""
+    described = (file for file in folder.iterdir() if file.suffix in _DESCRIPTION)
+    digest = hashlib.sha256()
+    for file in sorted(described):
+        if any(fnmatchcase(file.name, pattern) for pattern in _TOKENIZER):
+            digest.update(_named_content(file))
+    return digest.hexdigest()
+
+
+def check_tokenizer(reference: str, path: str, digest: str | None) -> None:
+    """Refuse a base whose tokenizer is not the one that a version was trained with.
+
+    Args:
+        reference: of the version, for messages.
+        path: where the base is.
+        digest: `tokenizer_digest` of then; None, as in records of earlier versions, says nothing.
+
+    Raises:
+        ModelError: the tokenizer's files are others, or there is no such base.
+    """
+    if digest is None:
+        return
+    found = tokenizer_digest(model_folder(path, weights=False))
+    if found != digest:
+        raise ModelError(
+            f"{reference} was trained with another tokenizer than {path} holds now (digest {digest[:12]}…, "
+            f"found {found[:12]}…); put the tokenizer and chat template of then back, or train again"
+        )
+
+
+def _named_content(file: Path) -> bytes:
+    content = file.read_bytes()
+    return f"{file.name} {len(content)}\n".encode() + content
 
 
 def base_digest(folder: Path) -> str:
     """Identity of a base: sha256 over its config and, per weight file, name, size and 64 samples of 64 KiB.
 
+    The weight files are those that transformers reads. Where the folder holds other safetensors too, the
+    index that tells which are read is covered as well; elsewhere it says nothing that the shards do not.
+
     Samples keep this quick for large models; another model, revision or dtype gives another digest. It is not
     a defence against somebody who alters single weights on purpose.
+
+    Raises:
+        ModelError: what says where the weights are leads out of the folder, or to a file that is not there.
     """
+    present = sorted(folder.glob(f"*{_WEIGHTS}"))
+    shards = shards_in(folder, str(folder), {file.name for file in present})
+    read = present if shards is None else [folder / name for name in shards]
+    index = index_in(folder)
+    return _digest(folder, index if index and read != present else None, read)
+
+
+def is_base(folder: Path, digest: str, *, earlier: bool) -> bool:
+    """Whether the base in a folder is the one whose digest a record holds.
+
+    Args:
+        folder: holds a base.
+        digest: what the record says.
+        earlier: the record is of an earlier version, whose digests cover all safetensors files in the folder,
+            read or not.
+
+    Raises:
+        ModelError: as `base_digest`.
+    """
+    if digest == base_digest(folder):
+        return True
+    return earlier and digest == _digest(folder, None, folder.glob(f"*{_WEIGHTS}"))
+
+
+def _digest(folder: Path, index: Path | None, weights: Iterable[Path]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob(f"*{_WEIGHTS}")):
+    if index is not None:
+        digest.update(_named_content(index))
+    for file in sorted(weights):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

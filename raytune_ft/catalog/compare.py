@@ -36,7 +36,7 @@ def _compared(record: AdapterRecord) -> dict[str, Any]:
     # The record's method is the job's, resolved: once is enough.
     job = {name: value for name, value in record.job.items() if name != "method"}
     return {
-        "base": record.base.model_dump(),
+        "base": record.base.model_dump(exclude_none=True),
         "method": record.method,
         "job": job,
         "data": record.data,

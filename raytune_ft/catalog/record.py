@@ -98,6 +98,13 @@ class BaseModelRef(Entry):
     """As the job gave it: a folder, uri or Hub id."""
     digest: str
     """Of its weights, so that another base under the same name is told apart."""
+    tokenizer_digest: Sha256 | None = None
+    """Of its tokenizer's files and chat template; None where an older version wrote it."""
+
+    @property
+    def is_earlier(self) -> bool:
+        """Whether a version wrote it whose `digest` covers weight files that are not read, too."""
+        return self.tokenizer_digest is None
 
 
 class Origin(Entry):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,8 @@ class _Done:
 
     kind: Literal["copied", "unchanged", "skipped", "problem"]
     text: str
+    record: AdapterRecord | None = None
+    """Of what stands in the folder now; None where there is a problem."""
 
 
 def update_serve_dir(
@@ -130,16 +132,33 @@ def update_serve_dir(
         "problem": result.problems,
     }
     kept: set[str] = set()
+    served: list[AdapterRecord] = []
     with ThreadPoolExecutor(_THREADS) as threads:
         for adapter, done in zip(moves, threads.map(bring, moves), strict=True):
             lists[done.kind].append(done.text)
             if done.kind != "skipped":
                 kept.add(adapter)
+            if done.record is not None:
+                served.append(done.record)
     if not moves:
         result.notes.append(f"no adapter of {catalog.uri} has the alias {alias}")
+    result.notes.extend(_tokenizer_notes(served))
     others = {adapter: standing for adapter, standing in folders.items() if adapter not in kept}
     result.removed.extend(_remove(catalog, alias, to, others))
     return result
+
+
+def _tokenizer_notes(served: Iterable[AdapterRecord]) -> Iterator[str]:
+    """Which adapters of one base were trained with different tokenizers, as far as their records tell."""
+    bases: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for record in served:
+        if (tokenizer := record.base.tokenizer_digest) is not None:
+            bases[record.base.digest].setdefault(tokenizer, record.reference)
+    for first, second, *_ in (list(of.values()) for of in bases.values() if len(of) > 1):
+        yield (
+            f"{first} and {second} were trained on one base with different tokenizers, and a server of that "
+            "base has one; train one of them again with the other's"
+        )
 
 
 def _check_apart(catalog: CatalogView, to: Storage) -> None:
@@ -168,7 +187,7 @@ def _bring(
     if reason is not None:
         return _Done("skipped", f"{record.reference}: {reason}")
     copied = _serve(catalog, record, alias, to, standing)
-    return _Done("copied" if copied else "unchanged", record.reference)
+    return _Done("copied" if copied else "unchanged", record.reference, record)
 
 
 def _serve(catalog: CatalogView, record: AdapterRecord, alias: str, to: Storage, standing: _Standing) -> bool:

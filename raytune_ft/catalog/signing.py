@@ -9,6 +9,7 @@ may write the catalog can still move an alias to another signed version of the s
 version that the same key has signed in another catalog. Use a key for each.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -29,9 +30,16 @@ if TYPE_CHECKING:
 SIGNING_KEY = "RAYTUNE_SIGNING_KEY"
 TRUSTED_KEYS = "RAYTUNE_TRUSTED_KEYS"
 _PEM_BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+_PEM_BORDER = re.compile(r"-----[A-Z0-9 ]+-----")
 _PEM_BEGIN = "-----BEGIN "
 _SPKI_ED25519 = bytes.fromhex("302a300506032b6570032100")
 """What stands before the 32 bytes of an ed25519 public key in DER (RFC 8410)."""
+_PRIVATE_ED25519 = bytes.fromhex("06032b657004220420")
+"""What stands before the 32 bytes of an ed25519 private key in DER (RFC 8410), without the lengths around."""
+_PRIME = 2**255 - 19
+_Y_OF_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+_Y_OF_SMALL_ORDER = frozenset({0, 1, _PRIME - 1, _Y_OF_ORDER_8, _PRIME - _Y_OF_ORDER_8})
+"""The y of the eight points whose order divides 8; see `is_of_small_order`."""
 _MAKE_KEY = "make one with: openssl genpkey -algorithm ed25519"
 
 
@@ -156,6 +164,8 @@ class Trust:
                 if self.required
                 else None
             )
+        if is_of_small_order(signature.public_key):
+            return "is signed by a key of small order, for which anybody can sign; publish it anew"
         if not is_valid(signature, signed_bytes(record)):
             return "its signature is not one of this record; the record was altered or damaged"
         if self.required and signature.public_key not in self.keys:
@@ -175,16 +185,28 @@ def signed_bytes(record: AdapterRecord) -> bytes:
 
 
 def is_valid(signature: Signature, content: bytes) -> bool:
-    """Whether the signature's key made it for these bytes."""
+    """Whether the signature's key made it for these bytes; never by a key of small order."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    if is_of_small_order(signature.public_key):
+        return False
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.public_key))
     try:
         key.verify(bytes.fromhex(signature.value), content)
     except InvalidSignature:
         return False
     return True
+
+
+def is_of_small_order(public_key: str) -> bool:
+    """Whether a public key is one of the eight points for which signatures are made without a private key.
+
+    Their encodings that are not the shortest count too: y as it is written may be the prime or more, and the
+    sign of x, the topmost bit, says nothing here.
+    """
+    y = int.from_bytes(bytes.fromhex(public_key), "little") & (1 << 255) - 1
+    return y % _PRIME in _Y_OF_SMALL_ORDER
 
 
 def fingerprint(public_key: str) -> str:
@@ -229,7 +251,7 @@ def _public_key(pem: str, label: str, place: str) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    if "PRIVATE KEY" in label:
+    if "PRIVATE KEY" in label or _holds_private_key(pem):
         raise BadInput(
             f"{place}: is a private key, which signs and must not be given to those who only verify; "
             "name the public one: openssl pkey -in KEY.pem -pubout"
@@ -240,4 +262,15 @@ def _public_key(pem: str, label: str, place: str) -> str:
         raise BadInput(f"{place}: not a public key; make it with: openssl pkey -pubout") from None
     if not isinstance(key, Ed25519PublicKey):
         raise BadInput(f"{place}: a public key of another kind than ed25519; {_MAKE_KEY}")
-    return key.public_bytes_raw().hex()
+    public_key = key.public_bytes_raw().hex()
+    if is_of_small_order(public_key):
+        raise BadInput(f"{place}: a public key of small order, for which anybody can sign; {_MAKE_KEY}")
+    return public_key
+
+
+def _holds_private_key(pem: str) -> bool:
+    """Whether a block holds an ed25519 private key, whatever it calls itself."""
+    try:
+        return _PRIVATE_ED25519 in base64.b64decode(_PEM_BORDER.sub("", pem))
+    except ValueError:
+        return False

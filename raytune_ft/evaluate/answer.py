@@ -14,7 +14,7 @@ from raytune_ft.data.tokenise import ask
 from raytune_ft.errors import CatalogError, ModelError
 from raytune_ft.evaluate.generate import answer
 from raytune_ft.methods.lora import add_lora, load_lora
-from raytune_ft.model_files import base_digest, model_folder
+from raytune_ft.model_files import check_tokenizer, is_base, model_folder
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import JobSpec, LoraSpec, ModelSpec
 
@@ -46,7 +46,7 @@ def answer_prompt(
 
     Raises:
         CatalogError: the catalog does not hold it, or its signature is refused.
-        ModelError: its base is gone, or is another one by now.
+        ModelError: its base is gone, or is another one by now, or has another tokenizer.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pulled"
@@ -81,11 +81,12 @@ def _load(
     if record.kind == "model":
         spec = base.model_copy(update={"path": str(folder)})
         return spec, load_base(spec, device=device)
-    if base_digest(model_folder(job.model.path)) != record.base.digest:
+    if not is_base(model_folder(job.model.path), record.base.digest, earlier=record.base.is_earlier):
         raise ModelError(
             f"{record.reference} was trained on another base than {job.model.path} holds now; "
             "put that base back, or train again"
         )
+    check_tokenizer(record.reference, job.model.path, record.base.tokenizer_digest)
     model = load_base(base, device=device)
     if isinstance(job.method, LoraSpec):
         load_lora(add_lora(model, job.method, job.data.seed), folder)

@@ -11,7 +11,7 @@ import torch
 from raytune_ft.errors import ModelError
 from raytune_ft.fleet.blame import DoesNotFit, reading_checkpoint
 from raytune_ft.fleet.placement import Group
-from raytune_ft.model_files import base_digest, base_identity, model_folder
+from raytune_ft.model_files import base_digest, base_identity, model_folder, tokenizer_digest
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import Choice, Lane, choose, choose_lane, lane_memory
 from raytune_ft.spec import JobSpec
@@ -52,7 +52,7 @@ class Resident:
         folder = model_folder(spec.path)
         self.identity = base_identity(spec.path)
         """What the base was when it was loaded; see `base_identity`."""
-        self._digest = base_digest(folder)
+        self._digest, self._tokenizer_digest = base_digest(folder), tokenizer_digest(folder)
         self._refusals = {
             packed: _refusal(self, packed) for packed in {job.spec.data.packing for job in group.jobs}
         }
@@ -98,6 +98,7 @@ class Resident:
             "threads": self._threads,
             "workers": 1,
             "chosen_for": memory_settings(job),
+            "tokenizer_digest": self._tokenizer_digest,
         }
         if checkpoint is None:
             choice = self._choose(own, left_bytes)

@@ -107,6 +107,18 @@ def _check_alike(records: Sequence[AdapterRecord]) -> None:
             f"{first.reference} was trained on the base {short_digest(first)}, and {listed} on another; "
             "only adapters of the same base can be merged"
         )
+    _check_one_tokenizer(records)
+
+
+def _check_one_tokenizer(records: Sequence[AdapterRecord]) -> None:
+    told = [record for record in records if record.base.tokenizer_digest is not None]
+    others = [record for record in told if record.base.tokenizer_digest != told[0].base.tokenizer_digest]
+    if others:
+        listed = ", ".join(f"{record.reference} ({record.base.tokenizer_digest:.12}…)" for record in others)
+        raise CatalogError(
+            f"{told[0].reference} was trained with the tokenizer {told[0].base.tokenizer_digest:.12}…, and "
+            f"{listed} with another; only adapters of the same tokenizer can be merged"
+        )
 
 
 def _check_one_layout(adapters: Sequence[LoraAdapter]) -> None:

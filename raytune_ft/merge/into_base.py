@@ -25,7 +25,7 @@ from raytune_ft.merge.result import (
 )
 from raytune_ft.methods import saving
 from raytune_ft.methods.lora import linear_modules, linear_shape
-from raytune_ft.model_files import base_digest, model_folder
+from raytune_ft.model_files import base_digest, check_tokenizer, is_base, model_folder
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
@@ -78,7 +78,7 @@ def merge_into_folder(
     Raises:
         CatalogError: no such adapter, its signature is refused, it cannot be merged, or `to` is there and not
             empty.
-        ModelError: the base is gone, or is another one.
+        ModelError: the base is gone, is another one, or has another tokenizer.
         StorageError: the store or the disk failed.
     """
     with new_folder(to) as folder:
@@ -114,7 +114,7 @@ def publish_merged(
 
     Raises:
         CatalogError: no such adapter, its signature is refused, or it cannot be merged or published so.
-        ModelError: the base is gone, or is another one.
+        ModelError: the base is gone, is another one, or has another tokenizer.
         StorageError: the store or the disk failed; nothing of the version is visible.
     """
     check_names(name, alias)
@@ -158,15 +158,16 @@ def _prepare(
 
 def _check_base(spec: ModelSpec, record: AdapterRecord, *, given: bool) -> None:
     try:
-        digest = base_digest(model_folder(spec.path))
+        folder = model_folder(spec.path)
     except ModelError as error:
         remedy = "" if given else "; name a copy of it with --base"
         raise ModelError(f"{record.reference}: its base is not there: {error}{remedy}") from None
-    if digest != record.base.digest:
+    if not is_base(folder, record.base.digest, earlier=record.base.is_earlier):
         raise ModelError(
             f"{record.reference} was trained on another base than {spec.path} holds now (digest "
-            f"{short_digest(record)}, found {digest[:12]}…); name that base with --base"
+            f"{short_digest(record)}, found {base_digest(folder)[:12]}…); name that base with --base"
         )
+    check_tokenizer(record.reference, spec.path, record.base.tokenizer_digest)
 
 
 def _write(merge: _Merge, folder: Path) -> None:

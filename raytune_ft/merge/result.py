@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from raytune_ft import __version__
 from raytune_ft.catalog import (
     AdapterRecord,
+    BaseModelRef,
     Catalog,
     CatalogView,
     RecordDraft,
@@ -75,10 +76,12 @@ def draft_of(
 ) -> RecordDraft:
     """A record that claims no training and no scores: nothing was trained or measured since the merge."""
     first, *others = records
+    told = (record.base.tokenizer_digest for record in (first, *others))
+    tokenizer = next((digest for digest in told if digest is not None), None)
     return RecordDraft(
         adapter=name,
         kind=kind,
-        base=first.base,
+        base=BaseModelRef(path=first.base.path, digest=first.base.digest, tokenizer_digest=tokenizer),
         method=method,
         job=job.resolved(),
         data=data,

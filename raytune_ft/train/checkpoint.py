@@ -34,6 +34,8 @@ class Position:
     """What is known of the windows that were read; see `raytune_ft.data.ledger`."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """A report of every step so far: the loss curve survives a kill."""
+    tokenizer_digest: str | None = None
+    """Of the base's tokenizer, for the record; None where an earlier version wrote the checkpoint."""
     before: dict[str, Any] | None = None
     """How the bare base was evaluated, its scores and answers: kept while the job asks the same."""
     schema_version: int = SCHEMA_VERSION

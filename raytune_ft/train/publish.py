@@ -114,7 +114,9 @@ def _draft(
     return RecordDraft(
         adapter=job.adapter_name,
         kind=METHODS[type(job.method)].artifact,
-        base=BaseModelRef(path=job.model.path, digest=position.base_digest),
+        base=BaseModelRef(
+            path=job.model.path, digest=position.base_digest, tokenizer_digest=position.tokenizer_digest
+        ),
         method=job.method.model_dump(mode="json"),
         job=job.resolved(),
         data=data,

@@ -10,7 +10,7 @@ import torch
 
 from raytune_ft.errors import ModelError
 from raytune_ft.methods import METHODS, saving
-from raytune_ft.model_files import base_digest, model_folder, read_facts
+from raytune_ft.model_files import base_digest, model_folder, read_facts, tokenizer_digest
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.planner import Choice, choose, trainable_parameters
 from raytune_ft.spec import JobSpec
@@ -139,6 +139,9 @@ def _position(
 ) -> Position:
     fingerprint, digest = assignment.state.data_fingerprint, base_digest(folder)
     kept = checkpoint and read_position(checkpoint, data_fingerprint=fingerprint, base_digest=digest)
+    # A run goes on with the same tokenizer alone; see `base_identity`.
+    tokenizer = tokenizer_digest(folder)
+    kept = kept and replace(kept, tokenizer_digest=tokenizer)
     job, placement = assignment.job, assignment.placement
     shared = 1 if placement.use_gpu else placement.workers_per_node
     # All workers ask together, and so agree on what follows.
@@ -150,6 +153,7 @@ def _position(
         "threads": placement.threads,
         "workers": peers.count,
         "chosen_for": memory_settings(job),
+        "tokenizer_digest": tokenizer,
     }
     return replace(kept, **made) if kept else Position(0, fingerprint, digest, **made)
 

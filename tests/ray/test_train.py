@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ft.catalog import Catalog
 from raytune_ft.errors import BadInput, DataError, ModelError, TrainingError
 from raytune_ft.evaluate.answer import answer_prompt
+from raytune_ft.model_files import tokenizer_digest
 from raytune_ft.spec import JobSpec, parse_job
 from raytune_ft.train.launch import train
 
@@ -88,6 +89,7 @@ class TestDone:
         assert record.scores_after == result["scores_after"]
         assert record.data["counts"]["total"]["train"] > 0
         assert record.base.path == job.model.path
+        assert record.base.tokenizer_digest == tokenizer_digest(Path(job.model.path))
         assert {"ray", "torch", "transformers", "python"} <= set(record.library_versions)
         assert {entry.name for entry in record.files} == {
             "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",

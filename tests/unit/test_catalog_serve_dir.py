@@ -277,6 +277,22 @@ def test_command(catalog: Catalog, tmp_path: Path) -> None:
     assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
 
 
+def test_adapters_of_different_tokenizers_are_noted(
+    catalog: Catalog, storage: Storage, tmp_path: Path
+) -> None:
+    """`capital` is of an earlier version, whose records tell no tokenizer."""
+    for adapter, base, tokenizer in (
+        ("one", "d", "a"), ("same", "d", "a"), ("two", "d", "b"), ("elsewhere", "e", "c"),
+    ):  # fmt: skip
+        told = BaseModelRef(path="base", digest=base * 64, tokenizer_digest=tokenizer * 64)
+        publish(catalog, tmp_path, adapter, base=told)
+    for _ in range(2):
+        assert update_serve_dir(catalog, "production", storage).notes == [
+            "one@v1 and two@v1 were trained on one base with different tokenizers, and a server of that base "
+            "has one; train one of them again with the other's"
+        ]
+
+
 def test_peft_loads_it(tmp_path: Path) -> None:
     model, spec = tiny.llama(), LoraSpec(rank=4)
     add_lora(model, spec, seed=0)

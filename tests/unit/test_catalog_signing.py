@@ -1,5 +1,6 @@
 """Nothing that a signature covers can change unseen, and no secret shows."""
 
+import base64
 import hashlib
 import json
 import subprocess
@@ -28,17 +29,43 @@ from raytune_ft.catalog import (
     verify,
 )
 from raytune_ft.catalog.record import Signature, parse_record
-from raytune_ft.catalog.signing import is_valid, parse_public_keys, signed_bytes
+from raytune_ft.catalog.signing import is_of_small_order, is_valid, parse_public_keys, signed_bytes
 from raytune_ft.errors import BadInput, CatalogError
 from raytune_ft.storage import open_storage
 
 V1 = "adapters/capital/versions/9999999998.json"
+SMALL = "is signed by a key of small order, for which anybody can sign; publish it anew"
 ALTERED = "its signature is not one of this record; the record was altered or damaged"
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([byte]) * 32) for byte in (1, 2))
 SIGNER = Signer.from_pem(private_pem(KEY), "test")
 STRANGER = Signer.from_pem(private_pem(OTHER), "test")
 TRUST = Trust(frozenset({SIGNER.public_key}), required=True)
+
+
+SMALL_ORDER = (
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0000000000000000000000000000000000000000000000000000000000000080",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    # The same points in encodings that are not the shortest, or with a sign that x = 0 has not.
+    "0100000000000000000000000000000000000000000000000000000000000080",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+)
+"""The eight points of small order, of order 1, 2, 4, 4, 8, 8, 8 and 8; then six other encodings of them."""
+
+
+def small_order_pem(key: str) -> str:
+    der = bytes.fromhex("302a300506032b6570032100" + key)
+    return f"-----BEGIN PUBLIC KEY-----\n{base64.b64encode(der).decode()}\n-----END PUBLIC KEY-----\n"
 
 
 def record(**changes: Any) -> AdapterRecord:
@@ -196,7 +223,9 @@ class TestSignature:
     def test_bytes_that_are_no_key_or_no_signature(self, digits: str) -> None:
         for change in ({"public_key": digits * 64}, {"value": digits * 128}):
             signature = SIGNER.sign(signed_bytes(record())).model_copy(update=change)
-            assert TRUST.problem(record(signature=signature)) == ALTERED
+            # As a key, 0 is a point of small order.
+            of_nobody = is_of_small_order(signature.public_key)
+            assert TRUST.problem(record(signature=signature)) == (SMALL if of_nobody else ALTERED)
 
     def test_a_signature_replaces_an_earlier_one(self) -> None:
         again = SIGNER.sign_record(STRANGER.sign_record(record()))
@@ -291,6 +320,9 @@ class TestKeys:
             (public_pem(OTHER) + SECRET, "x: key 2: is a private key"),
             (public_pem(KEY)[:-10], "x: holds no PEM text of a public key"),
             (public_pem(KEY)[:-10] + public_pem(OTHER), "x: one of its PEM blocks does not end"),
+            (SECRET.replace("PRIVATE", "PUBLIC"), "x: key 1: is a private key"),
+            (SECRET.replace("PRIVATE", "PUBLIC").replace("\n", "\r\n"), "x: key 1: is a private key"),
+            (private_pem(KEY, b"password"), "x: key 1: is a private key"),
             (public_pem(KEY).replace("MCow", "AAAA"), "x: key 1: not a public key"),
             (public_pem(ec.generate_private_key(ec.SECP256R1())), "x: key 1: a public key of another kind"),
         ],
@@ -300,6 +332,13 @@ class TestKeys:
             parse_public_keys(text, "x")
         assert str(caught.value).startswith(message)
         assert self.SECRET.split("\n")[1] not in str(caught.value)
+
+    @pytest.mark.parametrize("key", SMALL_ORDER)
+    def test_public_keys_of_small_order(self, key: str) -> None:
+        with pytest.raises(
+            BadInput, match=r"^x: key 2: a public key of small order, for which anybody can sign"
+        ):
+            parse_public_keys(public_pem(KEY) + small_order_pem(key), "x")
 
     def test_a_file_of_keys_that_is_not_there_is_a_mistake_of_the_user(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none.pem", tmp_path):
@@ -321,6 +360,50 @@ class TestKeys:
         monkeypatch.setenv("RAYTUNE_TRUSTED_KEYS", "")
         with pytest.raises(BadInput, match=r"^RAYTUNE_TRUSTED_KEYS: holds no PEM text"):
             Trust.load([], required=True)
+
+
+class TestSmallOrder:
+    """Eight points of the curve for which anybody can sign: a signature is the identity and zero."""
+
+    @pytest.mark.parametrize("key", SMALL_ORDER)
+    def test_it_never_verifies(self, key: str) -> None:
+        forged = "01" + "00" * 63
+        signature = Signature(public_key=key, value=forged)
+        assert is_of_small_order(key)
+        # An eighth of all texts fits each of these keys, where nobody looks at the key's order.
+        assert not any(is_valid(signature, f"{number}".encode()) for number in range(64))
+        claimed = record().model_copy(update={"signature": signature})
+        for trust in (Trust(), TRUST, Trust(frozenset({key}), required=True)):
+            assert trust.problem(claimed) == (SMALL)
+
+    def test_all_multiples_of_a_point_of_order_8(self) -> None:
+        """Computed on the curve -x² + y² = 1 + d·x²·y², from a point of order 8."""
+        p = 2**255 - 19
+        d = -121665 * pow(121666, -1, p) % p
+
+        def add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+            (a, b), (e, f) = one, other
+            cross = d * a * b * e * f
+            return (
+                (a * f + b * e) * pow(1 + cross, -1, p) % p,
+                (b * f + a * e) * pow(1 - cross, -1, p) % p,
+            )
+
+        y = int.from_bytes(bytes.fromhex(SMALL_ORDER[4]), "little")
+        square = (y * y - 1) * pow(d * y * y + 1, -1, p) % p
+        x = pow(square, (p + 3) // 8, p)
+        x = x if x * x % p == square else x * pow(2, (p - 1) // 4, p) % p
+        points = [(x, y)]
+        while len(points) < 8:
+            points.append(add(points[-1], points[0]))
+        assert points[-1] == (0, 1)
+        encoded = {(y | (x & 1) << 255).to_bytes(32, "little").hex() for x, y in points}
+        assert encoded == set(SMALL_ORDER[:8])
+
+    def test_other_keys(self) -> None:
+        for number in range(64):
+            key = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+            assert not is_of_small_order(key.public_key().public_bytes_raw().hex())
 
 
 class TestCatalog:

@@ -16,7 +16,7 @@ from commands import Ended, Run
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.cli import main
 from raytune_ft.methods.lora import add_lora, save_lora
-from raytune_ft.model_files import base_digest
+from raytune_ft.model_files import base_digest, tokenizer_digest
 from raytune_ft.spec import JobSpec, LoraSpec, parse_job
 
 COMMANDS = [
@@ -66,7 +66,7 @@ def catalog(base: Path, job_file: Path, tmp_path: Path) -> str:
     save_lora(model, LoraSpec(), folder, str(base))
     draft = stores.draft(
         adapter="plus-one",
-        base=BaseModelRef(path=str(base), digest=base_digest(base)),
+        base=BaseModelRef(path=str(base), digest=base_digest(base), tokenizer_digest=tokenizer_digest(base)),
         job=job.resolved(),
         data={"templates": ["plain"]},
     )
@@ -172,6 +172,18 @@ class TestBadInput:
         message = (
             f"plus-one@v1 was trained on another base than {base} holds now; "
             "put that base back, or train again"
+        )
+        assert ended == Ended(2, "", f"raytune-ft: {message}\n")
+
+    def test_a_tokenizer_that_was_replaced(self, run: Run, catalog: str, base: Path) -> None:
+        then, template = tokenizer_digest(base), base / "chat_template.jinja"
+        template.write_text("{{ messages }}")
+        now = tokenizer_digest(base)
+        ended = run("generate", "1 + 1 = ", "--adapter", "plus-one", "--catalog", catalog)
+        template.unlink()
+        message = (
+            f"plus-one@v1 was trained with another tokenizer than {base} holds now (digest {then[:12]}…, "
+            f"found {now[:12]}…); put the tokenizer and chat template of then back, or train again"
         )
         assert ended == Ended(2, "", f"raytune-ft: {message}\n")
 

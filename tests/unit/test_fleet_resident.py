@@ -11,7 +11,7 @@ from lanes import PLACEMENT, fleet_of, job_on, write_task
 
 from raytune_ft.fleet.plan import plan_fleet
 from raytune_ft.fleet.resident import Resident
-from raytune_ft.model_files import model_folder, read_facts
+from raytune_ft.model_files import model_folder, read_facts, tokenizer_digest
 from raytune_ft.spec import JobSpec
 from raytune_ft.train.checkpoint import with_position
 
@@ -45,6 +45,7 @@ def test_the_choice_of_a_checkpoint_holds_while_the_job_says_the_same_of_its_mem
         torch.use_deterministic_algorithms(False)
     bench = resident.bench(job, "data", None)
     assert bench.position.choice.tokens_per_forward == 256
+    assert bench.position.tokenizer_digest == tokenizer_digest(base)
     kept = replace(bench.position, step=2, choice=replace(bench.position.choice, tokens_per_forward=64))
     folder = tmp_path / "checkpoint"
     folder.mkdir()

@@ -29,7 +29,7 @@ from raytune_ft.merge import COMBINATIONS, Combination, combine_adapters, merge_
 from raytune_ft.merge.combination import combine, layer_seed
 from raytune_ft.merge.lora_files import LoraAdapter, LoraConfig, Pair
 from raytune_ft.methods.lora import add_lora, load_lora, save_lora
-from raytune_ft.model_files import base_digest
+from raytune_ft.model_files import base_digest, tokenizer_digest
 from raytune_ft.models import load_base
 from raytune_ft.spec import JobSpec, LoraSpec
 
@@ -70,6 +70,7 @@ def publish(
     alpha: float = 12,
     targets: Any = "all-linear",
     bits: int = 32,
+    tokenizer: str | None = None,
     config: Mapping[str, Any] | None = None,
     tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
     beside: Mapping[str, str] = MappingProxyType({}),
@@ -94,7 +95,7 @@ def publish(
     save_file(tensors(load_file(weights)), weights)
     values: dict[str, Any] = {
         "adapter": name,
-        "base": BaseModelRef(path=str(base), digest=base_digest(base)),
+        "base": BaseModelRef(path=str(base), digest=base_digest(base), tokenizer_digest=tokenizer),
         "method": spec.model_dump(mode="json"),
         "job": job(base, catalog, name, bits, spec).resolved(),
         "data": {"fingerprint": name * 8, "templates": ["instruction"], "end_ids": [1]},
@@ -147,6 +148,19 @@ def run(*arguments: str) -> str:
 
 
 class TestCombined:
+    def test_adapters_of_different_tokenizers(
+        self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path
+    ) -> None:
+        for name, tokenizer in (("earlier", None), ("one", "d" * 64), ("two", "e" * 64)):
+            publish(catalog, bases["llama"], tmp_path, name, tokenizer=tokenizer)
+        assert combined(catalog, "earlier", "one").base.tokenizer_digest == "d" * 64
+        with pytest.raises(CatalogError) as caught:
+            combined(catalog, "earlier", "one", "two", weights=(1, 1, 1))
+        assert str(caught.value) == (
+            "one@v1 was trained with the tokenizer dddddddddddd…, and two@v1 (eeeeeeeeeeee…) with another; "
+            "only adapters of the same tokenizer can be merged"
+        )
+
     @pytest.mark.parametrize("method", COMBINATIONS)
     @pytest.mark.parametrize("weights", [(0.5, 0.5), (1.5, -0.25)])
     def test_equals_peft(
@@ -445,6 +459,18 @@ class TestIntoBase:
         assert not (tmp_path / "merged").exists()
         merge_into_folder(catalog, "one", tmp_path / "merged", base=str(tmp_path / "here"))
         assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+    def test_a_tokenizer_that_changed(self, catalog: Catalog, tmp_path: Path) -> None:
+        base = tiny.save_base(tmp_path / "base")
+        publish(catalog, base, tmp_path, "one", tokenizer=tokenizer_digest(base))
+        publish(catalog, base, tmp_path, "earlier")
+        whole = publish_merged(catalog, "one", name="whole")
+        assert whole.base.tokenizer_digest == tokenizer_digest(base)
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        with pytest.raises(ModelError, match=r"^one@v1 was trained with another tokenizer than .*base holds"):
+            merge_into_folder(catalog, "one", tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+        merge_into_folder(catalog, "earlier", tmp_path / "merged")
 
     def test_a_folder_with_something_in_it(
         self, bases: Mapping[str, Path], catalog: Catalog, tmp_path: Path

@@ -4,9 +4,10 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from raytune_ft.errors import ModelError
-from raytune_ft.model_files import _from_bucket, base_digest, base_identity, model_folder, read_facts
+from raytune_ft.model_files import (
+    _from_bucket,
+    base_digest,
+    base_identity,
+    check_tokenizer,
+    is_base,
+    model_folder,
+    read_facts,
+    tokenizer_digest,
+)
 from raytune_ft.models import load_base, load_tokenizer
 from raytune_ft.spec import ModelSpec
 
@@ -179,6 +189,218 @@ class TestDigest:
             weights.write_bytes(content)
             digests.add(base_digest(base))
         assert len(digests) == 3
+
+
+class TestWeightIndex:
+    """What says where the weights are is checked before transformers follows it."""
+
+    INDEX = "model.safetensors.index.json"
+    NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    REMEDY = (
+        ", and weights may only stand in .safetensors files of the folder itself; "
+        "write the model again with save_pretrained"
+    )
+
+    @pytest.fixture
+    def sharded(self, base: Path) -> Path:
+        """A base in two shards, as transformers writes it."""
+        weights = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        names = sorted(weights)
+        shards = {self.NAMES[0]: names[:9], self.NAMES[1]: names[9:]}
+        for file, tensors in shards.items():
+            save_file({name: weights[name] for name in tensors}, base / file, metadata={"format": "pt"})
+        self.write_index(base, {name: file for file, tensors in shards.items() for name in tensors})
+        return base
+
+    def write_index(self, folder: Path, weight_map: Any) -> None:
+        (folder / self.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    def test_shards_that_it_names_are_loaded(self, sharded: Path, saved: Path) -> None:
+        loaded = load_base(spec(sharded), device=CPU).state_dict()
+        for name, tensor in load_file(saved / "model.safetensors").items():
+            assert torch.equal(loaded[name], tensor)
+
+    @pytest.mark.parametrize(
+        "shard",
+        [
+            "../../outside/y.safetensors",
+            "/outside/y.safetensors",
+            "more/y.safetensors",
+            "more\\y.safetensors",
+            "..",
+            "b.bin",
+            "y.safetensors.bin",
+            "y.SAFETENSORS",
+            "y\0.safetensors",
+            "",
+            7,
+            None,
+            ["model.safetensors"],
+        ],
+    )
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_shards_elsewhere_or_of_another_kind(self, sharded: Path, shard: Any, weights: bool) -> None:
+        for place in ("model.norm.weight", "zz"):
+            said = json.loads((sharded / self.INDEX).read_text())["weight_map"]
+            self.write_index(sharded, {**said, place: shard})
+            expected = f"model.path = {sharded}: {self.INDEX} names {shard!r}{self.REMEDY}"
+            assert refusal(lambda: model_folder(str(sharded), weights=weights)) == expected
+            assert refusal(lambda: base_digest(sharded)) == expected
+        assert loading_refusal(sharded) == expected
+
+    def test_pickles_are_never_loaded(self, sharded: Path, tmp_path: Path) -> None:
+        """An index whose shards are all pickles: transformers itself would unpickle them."""
+
+        class Marks:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return Path.touch, (tmp_path / "ran",)
+
+        torch.save({"model.norm.weight": Marks()}, sharded / "b.bin")
+        torch.save({"model.norm.weight": Marks()}, sharded / "adapter_model.bin")
+        said = json.loads((sharded / self.INDEX).read_text())["weight_map"]
+        self.write_index(sharded, dict.fromkeys(said, "b.bin"))
+        assert f"names 'b.bin'{self.REMEDY}" in loading_refusal(sharded)
+        self.write_index(sharded, said)
+        for name in ("adapter_model.bin", "../base/model.safetensors", 3):
+            change_json(sharded / "config.json", transformers_weights=name)
+            assert loading_refusal(sharded) == (
+                f"model.path = {sharded}: config.json: transformers_weights names {name!r}{self.REMEDY}"
+            )
+        assert not (tmp_path / "ran").exists()
+
+    def test_pickles_and_their_index_beside_safetensors_are_left_alone(self, sharded: Path) -> None:
+        (sharded / "b.bin").write_bytes(b"no pickle, so that to load it would fail")
+        index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "b.bin"}})
+        (sharded / "pytorch_model.bin.index.json").write_text(index)
+        assert isinstance(load_base(spec(sharded), device=CPU), PreTrainedModel)
+
+    def test_a_config_may_name_the_files(self, sharded: Path) -> None:
+        (sharded / self.INDEX).rename(sharded / "own.safetensors.index.json")
+        change_json(sharded / "config.json", transformers_weights="own.safetensors.index.json")
+        assert isinstance(load_base(spec(sharded), device=CPU), PreTrainedModel)
+        (sharded / "own.safetensors.index.json").unlink()
+        assert loading_refusal(sharded) == (
+            f"model.path = {sharded}: own.safetensors.index.json is not there, and config.json names it "
+            "(1 of 1 weight files are missing); copy the whole model again"
+        )
+
+    def test_an_adapter_beside_the_weights(self, base: Path) -> None:
+        """By its config transformers loads the base that it names."""
+        config = {"peft_type": "LORA", "base_model_name_or_path": "nobody/nothing"}
+        (base / "adapter_config.json").write_text(json.dumps(config))
+        assert loading_refusal(base) == (
+            f"model.path = {base}: holds adapter_config.json, by which transformers would load another base; "
+            "remove that file, or merge the adapter with raytune-ft catalog merge"
+        )
+
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_a_missing_shard_is_named(self, sharded: Path, weights: bool) -> None:
+        (sharded / self.NAMES[1]).unlink()
+        assert refusal(lambda: model_folder(str(sharded), weights=weights)) == (
+            f"model.path = {sharded}: {self.NAMES[1]} is not there, and {self.INDEX} names it (1 of 2 weight "
+            "files are missing); copy the whole model again"
+        )
+
+    @pytest.mark.parametrize(
+        "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 9**5]
+    )
+    def test_what_is_no_index(self, sharded: Path, content: str) -> None:
+        (sharded / self.INDEX).write_text(content)
+        assert loading_refusal(sharded) == (
+            f"model.path = {sharded}: {self.INDEX} is no index of weights; copy the whole model again"
+        )
+
+    def test_from_a_bucket_nothing_is_fetched_that_it_leads_astray(
+        self, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAYTUNE_CACHE", str(tmp_path / "cache"))
+        assert base_digest(_from_bucket(str(sharded), weights=True)) == base_digest(sharded)
+        self.write_index(sharded, {"model.norm.weight": "../y.safetensors"})
+        assert "names '../y.safetensors'" in refusal(lambda: _from_bucket(str(sharded), weights=True))
+        self.write_index(sharded, {"model.norm.weight": "gone.safetensors"})
+        for weights in (True, False):
+            message = refusal(lambda weights=weights: _from_bucket(str(sharded), weights))  # type: ignore[misc]
+            assert "gone.safetensors is not there" in message
+        fetched = [file.parent.name for file in (tmp_path / "cache").rglob("*.safetensors")]
+        assert len(set(fetched)) == 1
+
+
+class TestDigestOfShards:
+    """Digests stand in the records of catalogs: of usual folders they never change."""
+
+    SHARDS = MappingProxyType(
+        {"model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two"}
+    )
+
+    def folder(self, at: Path, files: Mapping[str, bytes], named: Iterable[str] = ()) -> Path:
+        at.mkdir()
+        for name, content in {"config.json": b"{}", **files}.items():
+            (at / name).write_bytes(content)
+        if named:
+            index = {"metadata": {}, "weight_map": {f"weight {name}": name for name in named}}
+            (at / "model.safetensors.index.json").write_text(json.dumps(index))
+        return at
+
+    def test_as_they_always_were(self, tmp_path: Path) -> None:
+        single = self.folder(tmp_path / "single", {"model.safetensors": b"weights"})
+        assert base_digest(single) == "18c9e6438d1e197c68cb323fc8e9125ccf827b9b2179e474c23d47395c053cee"
+        sharded = self.folder(tmp_path / "sharded", self.SHARDS, self.SHARDS)
+        assert base_digest(sharded) == "051ccea6dfae20666e4b30449bb125c2b7e9dc8626ac14a2ba1fa009501ee85d"
+
+    def test_of_files_that_are_not_read_nothing(self, tmp_path: Path) -> None:
+        folder = self.folder(
+            tmp_path / "base", {**self.SHARDS, "consolidated.safetensors": b"all"}, self.SHARDS
+        )
+        digest = base_digest(folder)
+        (folder / "consolidated.safetensors").write_bytes(b"changed")
+        assert base_digest(folder) == digest
+        (folder / "model-00001-of-00002.safetensors").write_bytes(b"One")
+        assert base_digest(folder) != digest
+
+    def test_another_index_is_another_base(self, tmp_path: Path) -> None:
+        first, second = self.SHARDS
+        one = self.folder(tmp_path / "one", self.SHARDS, [first])
+        other = self.folder(tmp_path / "other", self.SHARDS, [second])
+        both = self.folder(tmp_path / "both", self.SHARDS, self.SHARDS)
+        assert len({base_digest(folder) for folder in (one, other, both)}) == 3
+
+    def test_records_of_earlier_versions_hold(self, tmp_path: Path) -> None:
+        """They cover all safetensors files of the folder."""
+        folder = self.folder(
+            tmp_path / "base", {**self.SHARDS, "consolidated.safetensors": b"all"}, self.SHARDS
+        )
+        earlier = "0c038d626c2921710420c5a35f4976765c10718b4dbfbf29aa96123fef756c13"
+        assert base_digest(folder) != earlier
+        assert is_base(folder, earlier, earlier=True)
+        assert not is_base(folder, earlier, earlier=False)
+        for of_then in (True, False):
+            assert is_base(folder, base_digest(folder), earlier=of_then)
+            assert not is_base(folder, "d" * 64, earlier=of_then)
+
+
+class TestTokenizerDigest:
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "vocab.txt", "spiece.model"])
+    def test_another_for_other_files(self, base: Path, saved: Path, name: str) -> None:
+        content = (base / name).read_text() if (base / name).is_file() else ""
+        (base / name).write_text(f"{content} ")
+        assert tokenizer_digest(base) != tokenizer_digest(saved)
+
+    def test_the_same_whatever_else_stands_there(self, base: Path, saved: Path) -> None:
+        for name in ("README.txt", "config.json", "trainer_state.json", "more.safetensors", "tokenizer.py"):
+            (base / name).write_text("not the tokenizer's")
+        assert tokenizer_digest(base) == tokenizer_digest(saved)
+
+    def test_what_a_record_says_is_compared(self, base: Path) -> None:
+        then = tokenizer_digest(base)
+        check_tokenizer("sum@v1", str(base), then)
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        check_tokenizer("sum@v1", str(base), None)
+        assert refusal(lambda: check_tokenizer("sum@v1", str(base), then)) == (
+            f"sum@v1 was trained with another tokenizer than {base} holds now (digest {then[:12]}…, found "
+            f"{tokenizer_digest(base)[:12]}…); put the tokenizer and chat template of then back, "
+            "or train again"
+        )
 
 
 class TestTokenizer:

@@ -153,6 +153,7 @@ def _origin(record: AdapterRecord) -> dict[str, str]:
         "created_at": record.created_at,
         "base": record.base.path,
         "base_digest": record.base.digest,
+        **({} if (told := record.base.tokenizer_digest) is None else {"tokenizer_digest": told}),
         "data_fingerprint": str(record.data.get("fingerprint", "-")),
         "publish_id": record.publish_id,
     }
@@ -214,6 +215,7 @@ def _facts(record: AdapterRecord, aliases: Mapping[str, int], catalog: str) -> T
         "record": record.uri(catalog),
         "created": f"{record.created_at} by raytune-ft {record.code_version}",
         "base": f"{record.base.path} ({record.base.digest})",
+        "tokenizer": record.base.tokenizer_digest or "-",
         "method": json.dumps(record.method),
         "data": f"fingerprint {record.data.get('fingerprint', '-')}",
         "training": f"{record.steps:,} steps, {record.learned_tokens:,} learned of {record.tokens:,} tokens",
