@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
+from raytune_ft.spec.values import looked_for, uri_mistake
 from raytune_ft.storage import local_path, open_storage
 
 _WEIGHTS = ".safetensors"
@@ -32,6 +33,8 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
         ModelError: there is no such model, or it holds no safetensors.
         StorageError: the bucket cannot be read.
     """
+    if mistake := uri_mistake(path):
+        raise ModelError(f"model.path: {mistake}")
     if path.startswith("s3://"):
         return _from_bucket(path, weights)
     if _is_folder(path):
@@ -109,11 +112,11 @@ def _from_hub(name: str, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _wanted(weights)]))
     except HFValidationError:
-        raise ModelError(f"model.path = {name}: no such folder, and not a Hub id") from None
+        raise ModelError(f"model.path = {name}: no such folder{looked_for(name)}, and not a Hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"model.path = {name}: no such folder, and the Hub did not give it ({type(error).__name__}); "
-            "check the name, HF_TOKEN and HF_HUB_OFFLINE"
+            f"model.path = {name}: no such folder{looked_for(name)}, and the Hub did not give it "
+            f"({type(error).__name__}); check the name, HF_TOKEN and HF_HUB_OFFLINE"
         ) from None
     if weights:
         check_files(name, [file.name for file in folder.iterdir()])

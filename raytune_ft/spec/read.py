@@ -16,6 +16,7 @@ from raytune_ft.errors import SpecError
 from raytune_ft.spec.fleet import FleetSpec
 from raytune_ft.spec.job import JobSpec
 from raytune_ft.spec.problems import dotted, message, problems
+from raytune_ft.spec.values import looked_for, uri_mistake
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _URI_PLACES = (
@@ -82,7 +83,7 @@ def load_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
+        raise SpecError(f"{path}: no such file{looked_for(str(path))}") from None
     except IsADirectoryError:
         raise SpecError(f"{path}: is a folder; name a job file") from None
     except UnicodeDecodeError as error:
@@ -163,6 +164,7 @@ def _expand(node: Any, location: Sequence[str], path: tuple[str | int, ...] = ()
 def _absolute(location: str, *, may_be_hub_id: bool) -> str:
     """A folder as it is seen from any working directory; uris and Hub ids as they are."""
     path = Path(location).expanduser()
-    if "://" in location or not location.strip() or (may_be_hub_id and not path.exists()):
+    is_folder = "://" not in location and location.strip() and not uri_mistake(location)
+    if not is_folder or (may_be_hub_id and not path.exists()):
         return location
     return str(path.absolute())

@@ -18,6 +18,7 @@ from raytune_ft.cli.catalog.base import (
     CatalogOption,
     Reference,
     app,
+    local_place,
     open_catalog,
     print_json,
     print_notes,
@@ -32,7 +33,10 @@ from raytune_ft.storage import open_storage
 def pull(
     reference: Reference,
     catalog: CatalogOption,
-    to: Annotated[Path | None, typer.Option(help="New or empty folder; ./NAME where not given.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(parser=local_place, metavar="PATH", help="New or empty folder; ./NAME where not given."),
+    ] = None,
     require_signature: RequireSignature = False,
     trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
