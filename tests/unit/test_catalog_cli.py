@@ -157,9 +157,10 @@ def test_a_hostile_reference_names_no_folder(catalog: Catalog, reference: str) -
 
 
 def test_a_record_cannot_command_the_terminal(catalog: Catalog, tmp_path: Path) -> None:
-    hostile = draft(adapter="hostile", base=BaseModelRef(path="\x1b[2J[red]x", digest="d\x07"))
+    hostile = draft(adapter="hostile", base=BaseModelRef(path="\x1b[2J[red]\u202ex", digest="d\x07"))
     catalog.publish(hostile, adapter_files(tmp_path / "files"), publish_id="hostile")
     for printed in (run("ls", "--catalog", catalog.uri), run("show", "hostile", "--catalog", catalog.uri)):
         assert "\x1b" not in printed
         assert "\x07" not in printed
-        assert "[2J[red]x" in printed
+        assert "\u202e" not in printed
+        assert "\\x1b[2J[red]\\u202ex" in printed

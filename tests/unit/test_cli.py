@@ -215,6 +215,22 @@ class TestBadInput:
         assert "not a record of this catalog: 'evil" in line
         assert line.isprintable()
 
+    def test_an_answer_cannot_command_the_terminal(self, run: Run, catalog: str, base: Path) -> None:
+        (kept := base / "tokenizer.json").rename(base / "kept")
+        tokenizer = json.loads((base / "kept").read_text())
+        attack = "\x1b]0;owned\x07\u202e\tone\ntwo"
+        replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": attack}
+        tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"], replaced]}
+        kept.write_text(json.dumps(tokenizer))
+        asked = ("generate", "hello", "--adapter", "plus-one", "--catalog", catalog)
+        shown, as_json = run(*asked), run(*asked, "--json")
+        (base / "kept").rename(kept)
+        assert shown.code == 0, shown.err
+        assert "\\x1b]0;owned\\x07\\u202e\tone\ntwo" in shown.out
+        assert not set("\x1b\x07\u202e") & set(shown.out)
+        assert attack in json.loads(as_json.out)["answer"]
+        assert as_json.out.strip().isprintable()
+
     @pytest.mark.parametrize("name", ["size_bytes", "steps", "seed", "version", "merged_from"])
     def test_numbers_without_end(self, run: Run, catalog: str, name: str) -> None:
         path = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))

@@ -12,6 +12,7 @@ from raytune_ft.catalog import Catalog
 from raytune_ft.errors import BadInput, CatalogError
 from raytune_ft.spec.values import uri_mistake
 from raytune_ft.storage import FolderStorage
+from raytune_ft.terminal import visible
 
 CatalogOption = Annotated[
     str,
@@ -54,8 +55,7 @@ def local_place(text: str) -> Path:
 
 def plain(text: str) -> Text:
     """Text of a record without what a terminal would obey: others wrote it."""
-    unknown = "\N{REPLACEMENT CHARACTER}"
-    return Text("".join(letter if letter.isprintable() or letter == "\n" else unknown for letter in text))
+    return Text(visible(text))
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from raytune_ft import __version__
 from raytune_ft.catalog.listing import list_versions
@@ -16,6 +15,7 @@ from raytune_ft.cli.catalog.base import (
     app,
     local_place,
     open_catalog,
+    plain,
     print_json,
     print_notes,
 )
@@ -46,4 +46,4 @@ def report(
     else:
         left_out = f", {counts['left_out']:,} left out" if found.damaged else ""
         plural = "" if counts["adapters"] == 1 else "s"
-        Console(soft_wrap=True).print(Text(f"{to} shows {counts['adapters']:,} adapter{plural}{left_out}"))
+        Console(soft_wrap=True).print(plain(f"{to} shows {counts['adapters']:,} adapter{plural}{left_out}"))
