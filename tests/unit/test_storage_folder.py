@@ -18,6 +18,7 @@ from raytune_ft.errors import (
     StorageFull,
     StorageMissing,
 )
+from raytune_ft.spec import values
 from raytune_ft.storage import FolderStorage, base, join_uri, local_path, open_parent, open_storage, split_uri
 
 
@@ -237,7 +238,7 @@ def test_bad_uris(uri: str, message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("module", [base, layout])
+@pytest.mark.parametrize("module", [base, layout, values])
 def test_examples_in_docstrings(module: object) -> None:
     results = doctest.testmod(module)  # type: ignore[arg-type]  # a module, as parametrize cannot say
     assert results.attempted
