@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.data.preview import visible
 from raytune_ft.errors import SpecError
 from raytune_ft.report import page_templates, write_page
 from raytune_ft.storage import disk_errors
+from raytune_ft.terminal import visible
 
 _COUNTS = ("records", "bad", "dropped", "cut", "train", "validation", "test", "tokens", "learned_tokens")
 _TURNS = (

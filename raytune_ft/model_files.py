@@ -11,6 +11,7 @@ from pathlib import Path
 
 from raytune_ft.errors import ModelError
 from raytune_ft.planner import ModelFacts
+from raytune_ft.spec.values import looked_for, uri_mistake
 from raytune_ft.storage import ObjectInfo, Storage, local_path, open_storage
 from raytune_ft.weight_index import index_in, shards_in
 
@@ -48,6 +49,8 @@ def model_folder(path: str, *, weights: bool = True) -> Path:
             elsewhere.
         StorageError: the bucket cannot be read.
     """
+    if mistake := uri_mistake(path):
+        raise ModelError(f"model.path: {mistake}")
     if path.startswith("s3://"):
         return _from_bucket(path, weights)
     if _is_folder(path):
@@ -137,11 +140,11 @@ def _from_hub(name: str, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in wanted]))
     except HFValidationError:
-        raise ModelError(f"model.path = {name}: no such folder, and not a Hub id") from None
+        raise ModelError(f"model.path = {name}: no such folder{looked_for(name)}, and not a Hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"model.path = {name}: no such folder, and the Hub did not give it ({type(error).__name__}); "
-            "check the name, HF_TOKEN and HF_HUB_OFFLINE"
+            f"model.path = {name}: no such folder{looked_for(name)}, and the Hub did not give it "
+            f"({type(error).__name__}); check the name, HF_TOKEN and HF_HUB_OFFLINE"
         ) from None
     names = [file.name for file in folder.iterdir()]
     if weights:

@@ -1,6 +1,5 @@
 """`raytune-ft data`: what a job's records become, with the learned tokens marked, and the counts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from raytune_ft.data.preview import Preview, ShownExample, shorten, to_json, visible
+from raytune_ft.data.preview import Preview, ShownExample, shorten, to_json
 from raytune_ft.spec import JobSpec
+from raytune_ft.terminal import json_line, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,14 +64,16 @@ def data_command(job: JobSpec, examples: int, as_json: bool, report: Path | None
         write_data_page(job.name, found, report)
     if as_json:
         # The one place where standard output is a machine's to read.
-        print(json.dumps(found, ensure_ascii=False))  # noqa: T201
+        print(json_line(found))  # noqa: T201
     else:
         console = Console()
         # A file or pipe has no width of its own; the counts need this much.
         console = console if console.is_terminal else Console(width=_PLAIN_WIDTH)
         _print(console, job, preview, counts, bad)
         if report is not None:
-            console.print(f"All examples in full: {report}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"All examples in full: {visible(str(report))}", markup=False, highlight=False, soft_wrap=True
+            )
     check_counts(survey, job.data, None)
 
 
@@ -168,7 +170,7 @@ def _counts_table(job: JobSpec, counts: "DataCounts") -> Table:
     named = enumerate(zip(job.data.sources, counts.sources, strict=True))
     rows = [(_label(at, source.uri, len(job.data.sources)), found) for at, (source, found) in named]
     for label, found in [*rows, ("total", counts.total)]:
-        table.add_row(escape(label), *(f"{getattr(found, name):,}" for name in names))
+        table.add_row(escape(visible(label)), *(f"{getattr(found, name):,}" for name in names))
     return table
 
 

@@ -20,6 +20,7 @@ from raytune_ft.fleet.view import FleetView, after, line_of, main_scores, one_li
 from raytune_ft.report import duration_text, examples_of, outcome_texts, scale_for
 from raytune_ft.spec import FleetSpec
 from raytune_ft.storage import disk_errors
+from raytune_ft.terminal import visible
 
 PROGRESS_LINE_EVERY_S = 10.0
 _REFRESHES_PER_S = 4
@@ -119,7 +120,7 @@ class FleetDisplay:
         line = line_of(self._view, event)
         if line is None or (isinstance(event, Progress) and not self._is_due(line)):
             return
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
     def _is_due(self, progress: str) -> bool:
         """Whether a line of progress has anything to say that a log has not."""
@@ -190,11 +191,13 @@ def print_fleet_result(console: Console, result: FleetResult, report: Path) -> N
         refused = _refusal(job)
         if refused:
             console.print(
-                f"[red]gate[/] {escape(job.name)}: {escape(refused)}", soft_wrap=True, highlight=False
+                f"[red]gate[/] {escape(job.name)}: {escape(visible(refused))}",
+                soft_wrap=True,
+                highlight=False,
             )
     lines = {"Jobs": _counted(result), "Report": str(report)}
     for title, text in lines.items():
-        console.print(f"[dim]{title:8}[/] {escape(text)}", soft_wrap=True, highlight=False)
+        console.print(f"[dim]{title:8}[/] {escape(visible(text))}", soft_wrap=True, highlight=False)
 
 
 def _counted(result: FleetResult) -> str:

@@ -18,10 +18,12 @@ from typer.exceptions import TyperException
 from raytune_ft.catalog.gate import refusal_message
 from raytune_ft.cli.catalog import CatalogOption
 from raytune_ft.cli.catalog import app as catalog_app
-from raytune_ft.cli.catalog.base import plain
+from raytune_ft.cli.catalog.base import local_place
 from raytune_ft.cli.catalog.trust import RequireSignature, TrustedKeys, trust_of
 from raytune_ft.errors import GateRefused, RaytuneError, SpecError, StorageError
 from raytune_ft.spec import FleetSpec, JobSpec, read_fleet, read_job, read_job_or_fleet
+from raytune_ft.spec.values import uri_mistake
+from raytune_ft.terminal import visible
 
 app = typer.Typer(
     name="raytune-ft",
@@ -157,7 +159,9 @@ def data(
     templates: Annotated[bool, typer.Option("--templates", help="List the built-in templates.")] = False,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write all of it as a page; its folder must exist."),
+        typer.Option(
+            parser=local_place, metavar="FILE.html", help="Write all of it as a page; its folder must exist."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -242,11 +246,11 @@ def generate(
         trust_remote_code=trust_remote_code,
         trust=trust,
     )
-    print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else reply)  # noqa: T201
+    print(json.dumps({"adapter": adapter, "prompt": text, "answer": reply}) if as_json else visible(reply))  # noqa: T201
 
 
 def _output_folder(output: str | None, name: str) -> Path:
-    if output and "://" in output:
+    if output and ("://" in output or uri_mistake(output)):
         raise SpecError(f"--output {output}: name a local folder; the catalog keeps the rest in the bucket")
     return Path(output or f"runs/{name}")
 
@@ -290,5 +294,5 @@ def main() -> None:
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
-    print(f"raytune-ft: {plain(message).plain}", file=sys.stderr)  # noqa: T201  where messages go
+    print(f"raytune-ft: {visible(message)}", file=sys.stderr)  # noqa: T201  where messages go
     sys.exit(exit_code)

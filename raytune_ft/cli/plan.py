@@ -27,6 +27,7 @@ from raytune_ft.planner import (
 )
 from raytune_ft.spec import JobSpec
 from raytune_ft.storage import local_path
+from raytune_ft.terminal import visible
 
 _UNITS = {
     **{"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -153,7 +154,7 @@ def _print(
 ) -> None:
     trained = trainable_parameters(facts, job)
     console.print(
-        f"{escape(job.model.path)}: {facts.parameters:,} parameters, {trained:,} trained; "
+        f"{escape(visible(job.model.path))}: {facts.parameters:,} parameters, {trained:,} trained; "
         f"{job.model.weight_bits} bits, {job.optimizer.kind}, workers: {found[0].sharding.workers}",
         highlight=False,
     )

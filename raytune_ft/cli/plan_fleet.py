@@ -19,6 +19,7 @@ from raytune_ft.fleet.work import BYTES_PER_TOKEN
 from raytune_ft.planner import usable_bytes
 from raytune_ft.report import duration_text
 from raytune_ft.spec import FleetSpec
+from raytune_ft.terminal import visible
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 _PLAIN_WIDTH = 130
@@ -158,7 +159,7 @@ def _groups_table(plan: FleetPlan) -> Table:
         memory = group.lane.memory
         sizes = [f"{size / 2**30:,.2f}" for size in (*memory.terms.values(), memory.total)]
         table.add_row(
-            f"{escape(model.path)} {held}",
+            f"{escape(visible(model.path))} {held}",
             f"{len(group.jobs):,}",
             f"{group.tokens:,}",
             f"{group.lane.slots}",

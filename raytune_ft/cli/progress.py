@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from raytune_ft.report import duration_text, examples_of, outcome_texts, scale_for, usage_commands
+from raytune_ft.terminal import visible
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -77,7 +78,9 @@ class ProgressDisplay:
     def update(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
         if notice := event.get("notice"):
-            self._console.print(f"[yellow]Notice:[/] {escape(notice)}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"[yellow]Notice:[/] {escape(visible(notice))}", highlight=False, soft_wrap=True
+            )
             return
         now_s = time.monotonic()
         changed = event["phase"] != self._phase
@@ -172,7 +175,7 @@ def print_result(console: Console, result: Mapping[str, Any]) -> None:
     lines += [("Use it" if number == 0 else "", line) for number, line in enumerate(usage_commands(result))]
     width = max(8, *(len(title) for title, _ in lines))
     for title, text in lines:
-        console.print(f"[dim]{title:{width}}[/] {escape(text)}", soft_wrap=True, highlight=False)
+        console.print(f"[dim]{title:{width}}[/] {escape(visible(text))}", soft_wrap=True, highlight=False)
 
 
 def _trained(result: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """What a person looks at before training: an example of each kind of turn, and the lengths of all."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 _MOST_PIECES = 10
 """Of an example on a terminal."""
 _BARS = 20
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -172,15 +170,6 @@ def _shortened(text: str, most: int) -> str:
         return text
     half = most // 2
     return f"{text[:half]} […{len(text) - 2 * half:,} characters left out…] {text[-half:]}"
-
-
-def visible(text: str) -> str:
-    r"""Return a text with its control characters written out: data must not steer what it is shown on.
-
-    >>> visible("a\x07")
-    'a\\x07'
-    """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def histogram(counts: Mapping[int, int]) -> list[dict[str, int]]:

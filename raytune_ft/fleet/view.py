@@ -28,6 +28,7 @@ from raytune_ft.fleet.events import (
 )
 from raytune_ft.report import duration_text, examples_of, scale_for
 from raytune_ft.spec.scores import OTHER_TASKS
+from raytune_ft.terminal import visible
 
 State = Literal["queued", "running", "done", "failed"]
 STATES: tuple[State, ...] = ("running", "queued", "done", "failed")
@@ -165,10 +166,11 @@ def one_line(text: str) -> str:
     """Text without line breaks, and without what a terminal would obey: data and stores wrote parts of it.
 
     >>> one_line("2 problems:\\n  a\\x1b[2J")
-    '2 problems: a\N{REPLACEMENT CHARACTER}[2J'
+    '2 problems: a\\\\x1b[2J'
     """
     unknown = "\N{REPLACEMENT CHARACTER}"
-    return "".join(letter if letter.isprintable() else unknown for letter in " ".join(text.split()))
+    # Other letters that are not printable have no known width, and a live view must fit its terminal.
+    return "".join(letter if letter.isprintable() else unknown for letter in visible(" ".join(text.split())))
 
 
 def render(view: FleetView, width: int, height: int, now_s: float) -> list[Text]:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from raytune_ft.errors import SpecError
 from raytune_ft.spec.fleet import FleetSpec
 from raytune_ft.spec.job import JobSpec
 from raytune_ft.spec.problems import dotted, message, problems
+from raytune_ft.spec.values import looked_for, uri_mistake
+from raytune_ft.spec.yaml_values import parse_yaml
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _URI_PLACES = (
@@ -77,20 +78,17 @@ def load_yaml(path: Path) -> Any:
     """The plain values of a file.
 
     Raises:
-        SpecError: it cannot be read, or is no YAML.
+        SpecError: it cannot be read, or `parse_yaml` refuses it.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
+        raise SpecError(f"{path}: no such file{looked_for(str(path))}") from None
     except IsADirectoryError:
         raise SpecError(f"{path}: is a folder; name a job file") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SpecError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    return parse_yaml(text, str(path))
 
 
 def override_all(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -107,10 +105,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise SpecError(f"--set {override}: write key=value, such as --set method.rank=8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SpecError(f"--set {override}: the value is not YAML; quote it") from None
+    value = parse_yaml(text, f"--set {override:.200}")
     node: Any = values
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
@@ -129,7 +124,7 @@ def _child(node: Any, part: str, path: str, override: str) -> Any:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
         raise SpecError(
             f"--set {override}: '{part}' is not a place of the list, which has 0 to {len(node) - 1}"
         )
@@ -163,6 +158,7 @@ def _expand(node: Any, location: Sequence[str], path: tuple[str | int, ...] = ()
 def _absolute(location: str, *, may_be_hub_id: bool) -> str:
     """A folder as it is seen from any working directory; uris and Hub ids as they are."""
     path = Path(location).expanduser()
-    if "://" in location or not location.strip() or (may_be_hub_id and not path.exists()):
+    is_folder = "://" not in location and location.strip() and not uri_mistake(location)
+    if not is_folder or (may_be_hub_id and not path.exists()):
         return location
     return str(path.absolute())

@@ -1,5 +1,6 @@
 """What the values of all sections are made of: names, locations, and the base of a section."""
 
+import os
 import re
 from typing import Annotated
 
@@ -20,6 +21,45 @@ HUB_URI = re.compile(
 )
 """A data set of the Hugging Face Hub, perhaps a revision, and a file, folder, split or glob in it."""
 
+_MISTYPED = re.compile(r"\s*(s3[an]?|file|hf)(?::[/\\]*|/{2,})(.*)", re.IGNORECASE | re.DOTALL)
+_UNSUPPORTED = re.compile(r"(gs|gcs|hdfs|https?|ftp|abfss?|wasbs?|az|dbfs):[/\\]", re.IGNORECASE)
+_WELL_FORMED = re.compile(r"(?:s3|hf)://(?!/)|file://")
+
+
+def uri_mistake(text: str) -> str | None:
+    """Return why a text that looks like a uri is none, with the uri that it likely means; None for the rest.
+
+    A folder of such a name can still be had: `./s3:/adapters` is a path.
+
+    >>> uri_mistake("S3:/adapters")
+    "'S3:/adapters' is no uri; did you mean s3://adapters? The folder of that name is ./S3:/adapters"
+    >>> uri_mistake("s3://adapters"), uri_mistake("./s3:/adapters"), uri_mistake("/data/s3")
+    (None, None, None)
+    """
+    if _UNSUPPORTED.match(text) and "://" not in text:
+        scheme = text.partition(":")[0]
+        return f"scheme '{scheme}' is not supported; use a folder, file:// or s3://"
+    found = _MISTYPED.fullmatch(text)
+    if found is None or _WELL_FORMED.match(text):
+        return None
+    scheme, rest = found[1].lower(), found[2].lstrip("/\\").replace("\\", "/")
+    start = {"s3a": "s3://", "s3n": "s3://", "file": "file:///"}.get(scheme, f"{scheme}://")
+    if {"@", "?"} & set(rest):
+        # What follows may be a password or a signed query, so it is not repeated.
+        return f"'{found[1]}:…' is no uri; did you mean {start}…?"
+    folder = "" if "://" in text else f" The folder of that name is ./{text}"
+    return f"{text!r} is no uri; did you mean {start}{rest or '…'}?{folder}"
+
+
+def looked_for(path: str) -> str:
+    """Return the place that a relative path means, in brackets, for messages that miss something there.
+
+    >>> looked_for("/data/base")
+    ''
+    """
+    place = os.path.abspath(os.path.expanduser(path))
+    return "" if os.path.isabs(path) or "://" in path else f" (looked for {place})"
+
 
 def _check_name(name: str) -> str:
     if not NAME.fullmatch(name):
@@ -37,6 +77,8 @@ def _check_location(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if not uri.strip():
         raise ValueError("must not be empty")
+    if mistake := uri_mistake(uri):
+        raise PydanticCustomError("secret", mistake)
     if not separator:
         return uri
     # The rest of such a uri may hold a password or a signed query, so it is not repeated.
@@ -59,7 +101,7 @@ def _check_data_location(uri: str) -> str:
                 "secret", "write hf://owner/name for a data set of the Hub, or hf://owner/name@revision"
             )
         return uri
-    if separator and scheme not in SUPPORTED_SCHEMES:
+    if separator and not uri_mistake(uri) and scheme not in SUPPORTED_SCHEMES:
         raise PydanticCustomError(
             "secret", f"scheme '{scheme[:20]}' is not supported; use a folder, file://, s3:// or hf://"
         )

@@ -9,6 +9,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from raytune_ft.errors import BadInput
+from raytune_ft.spec.values import uri_mistake
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin so are writes under way in a folder; they are never listed and never keys."""
@@ -169,6 +170,7 @@ def split_bucket(uri: str) -> tuple[str, str]:
     Raises:
         BadInput: there is no bucket, or its name cannot be one.
     """
+    _check_uri(uri)
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not _BUCKET.fullmatch(bucket) and {"@", ":"} & set(uri.removeprefix("s3://")):
         raise BadInput(
@@ -185,12 +187,18 @@ def split_bucket(uri: str) -> tuple[str, str]:
     return bucket, prefix
 
 
+def _check_uri(uri: str) -> None:
+    if mistake := uri_mistake(uri):
+        raise BadInput(mistake)
+
+
 def local_path(uri: str) -> Path:
     """Absolute path of a folder's name or `file://` uri; `~` is the home folder.
 
     Raises:
-        BadInput: another scheme, another host or an empty uri.
+        BadInput: another scheme, a mistyped uri, another host or an empty uri.
     """
+    _check_uri(uri)
     if "://" not in uri:
         path = os.path.expanduser(uri)
     else:
@@ -221,6 +229,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     >>> split_uri("s3://datasets/news/")
     ('s3://datasets/news', '')
     """
+    _check_uri(uri)
     if uri.startswith("s3://"):
         bucket, _, path = uri.removeprefix("s3://").partition("/")
         root = f"s3://{bucket}"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from raytune_ft.catalog import BaseModelRef, Catalog
 from raytune_ft.cli.catalog import app
-from raytune_ft.errors import CatalogError
+from raytune_ft.errors import BadInput, CatalogError
 
 
 @pytest.fixture
@@ -41,6 +41,58 @@ def test_ls(catalog: Catalog) -> None:
 def test_an_empty_catalog(tmp_path: Path) -> None:
     assert "holds no adapter yet" in run("ls", "--catalog", str(tmp_path))
     assert json.loads(run("ls", "--catalog", str(tmp_path), "--json")) == []
+
+
+@pytest.mark.parametrize(
+    "command", [("ls",), ("show", "a"), ("diff", "a@v1", "a"), ("lineage", "a"), ("history", "a", "b")]
+)
+def test_a_folder_that_is_not_there_is_no_empty_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CatalogError) as caught:
+        run(*command, "--catalog", "typo/catalog")
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == f"{tmp_path}/typo/catalog: no such folder; name one that holds a catalog"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "typo", ["s3:/adapters", "S3://adapters", "s3//adapters", "s3:adapters", "s3:///adapters"]
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ls", "--catalog"),
+        ("export", "capital", "--catalog", "{catalog}", "--to"),
+        ("import", "capital", "--catalog", "{catalog}", "--from"),
+        ("serve-dir", "--alias", "candidate", "--catalog", "{catalog}", "--to"),
+    ],
+)
+def test_a_mistyped_uri_is_no_folder(
+    catalog: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    typo: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(BadInput, match=r"is no uri; did you mean s3://adapters\?"):
+        run(*(part.format(catalog=catalog.uri) for part in command), typo)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/folder", "s3:/bucket", "file:///folder"])
+@pytest.mark.parametrize("command", [("pull", "capital"), ("report",), ("merge", "capital", "--into-base")])
+def test_what_is_written_here_has_no_uri(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as caught:
+        run(*command, "--catalog", catalog.uri, "--to", place)
+    assert str(caught.value) == f"{place}: is not on this machine; name a local file or folder"
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_show(catalog: Catalog) -> None:
@@ -105,9 +157,10 @@ def test_a_hostile_reference_names_no_folder(catalog: Catalog, reference: str) -
 
 
 def test_a_record_cannot_command_the_terminal(catalog: Catalog, tmp_path: Path) -> None:
-    hostile = draft(adapter="hostile", base=BaseModelRef(path="\x1b[2J[red]x", digest="d\x07"))
+    hostile = draft(adapter="hostile", base=BaseModelRef(path="\x1b[2J[red]\u202ex", digest="d\x07"))
     catalog.publish(hostile, adapter_files(tmp_path / "files"), publish_id="hostile")
     for printed in (run("ls", "--catalog", catalog.uri), run("show", "hostile", "--catalog", catalog.uri)):
         assert "\x1b" not in printed
         assert "\x07" not in printed
-        assert "[2J[red]x" in printed
+        assert "\u202e" not in printed
+        assert "\\x1b[2J[red]\\u202ex" in printed

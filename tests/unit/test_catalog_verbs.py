@@ -182,7 +182,11 @@ def test_a_catalog_that_is_not_there_is_neither_sound_nor_made(
 ) -> None:
     with pytest.raises(CatalogError) as caught:
         run(*command, "--catalog", str(tmp_path / "typo"))
-    assert str(caught.value) == f"{tmp_path}/typo: holds no adapter; check the name"
+    assert str(caught.value) == f"{tmp_path}/typo: no such folder; name one that holds a catalog"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CatalogError) as caught:
+        run(*command, "--catalog", str(tmp_path))
+    assert str(caught.value) == f"{tmp_path}: holds no adapter; check the name"
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """The command line as a program: exit codes, what goes to which stream, and how light it starts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,26 @@ class TestBadInput:
         (line,) = ended.err.splitlines()
         assert "not a record of this catalog: 'evil" in line
         assert line.isprintable()
+
+    def test_an_answer_cannot_command_the_terminal(
+        self, run: Run, catalog: str, base: Path, tmp_path: Path
+    ) -> None:
+        # A folder of its own: a tokenizer that was loaded before may be kept.
+        other = shutil.copytree(base, tmp_path / "other")
+        record = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))
+        record.write_text(record.read_text().replace(str(base), str(other)))
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        attack = "\x1b]0;owned\x07\u202e\tone\ntwo"
+        replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": attack}
+        tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"], replaced]}
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        asked = ("generate", "hello", "--adapter", "plus-one", "--catalog", catalog)
+        shown, as_json = run(*asked), run(*asked, "--json")
+        assert shown.code == 0, shown.err
+        assert "\\x1b]0;owned\\x07\\u202e\tone\ntwo" in shown.out
+        assert not set("\x1b\x07\u202e") & set(shown.out)
+        assert attack in json.loads(as_json.out)["answer"]
+        assert as_json.out.strip().isprintable()
 
     @pytest.mark.parametrize("name", ["size_bytes", "steps", "seed", "version", "merged_from"])
     def test_numbers_without_end(self, run: Run, catalog: str, name: str) -> None:

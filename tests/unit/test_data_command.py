@@ -163,6 +163,14 @@ def test_text_cannot_turn_the_terminal_around(
     assert "\u202e" not in printed
 
 
+def test_nor_can_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attack = "é\x1b[2J\x9b\u202e\u2028"
+    data_command(job(base, tmp_path, [{"prompt": attack, "completion": "c"}] * 3), 1, as_json=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert json.loads(line)["examples"][0]["pieces"][0]["text"] == attack
+
+
 def test_the_page_shows_hostile_text_as_text(base: Path, tmp_path: Path) -> None:
     attack = "</pre><script>alert(1)</script>\x1b[2J\u202e"
     records = [{"prompt": attack, "completion": "b"}, {attack: 1}]

@@ -137,7 +137,7 @@ def test_what_has_ended_stays_as_it_ended() -> None:
 def test_a_log_has_a_line_for_what_matters() -> None:
     refused = {"gate": {"passed": False, "alias": "production"}}
     lines: list[tuple[FleetEvent, str | None]] = [
-        (Notice(1, "waits for\n a GPU\x1b[2J"), "waits for a GPU\N{REPLACEMENT CHARACTER}[2J"),
+        (Notice(1, "waits for\n a GPU\x1b[2J"), "waits for a GPU\\x1b[2J"),
         (planned("a", "b"), "tasks: 2 jobs, lanes: 2"),
         (LaneStarted(1, "lane-0", "node", "cpu"), "lane-0: started on node, cpu"),
         (

@@ -104,8 +104,8 @@ class TestFolder:
             ("{}/none", "model.path = {}/none: no such folder, and not a Hub id"),
             (
                 "nobody/nothing",
-                "model.path = nobody/nothing: no such folder, and the Hub did not give it "
-                "(LocalEntryNotFoundError); check the name, HF_TOKEN and HF_HUB_OFFLINE",
+                "model.path = nobody/nothing: no such folder (looked for {cwd}/nobody/nothing), and the Hub "
+                "did not give it (LocalEntryNotFoundError); check the name, HF_TOKEN and HF_HUB_OFFLINE",
             ),
             (
                 "{}",
@@ -114,7 +114,7 @@ class TestFolder:
         ],
     )
     def test_what_is_no_model(self, base: Path, path: str, message: str) -> None:
-        path, message = path.format(base.parent), message.format(base.parent)
+        path, message = path.format(base.parent), message.format(base.parent, cwd=Path.cwd())
         assert refusal(lambda: model_folder(path)) == message
 
     @pytest.mark.parametrize("names", [["pytorch_model.bin"], ["a.pt", "b.ckpt", "c.pth"]])

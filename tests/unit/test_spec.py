@@ -8,8 +8,10 @@ import jsonschema
 import pytest
 import yaml
 
-from raytune_ft.errors import SpecError
+from raytune_ft.errors import BadInput, SpecError
 from raytune_ft.spec import FullSpec, JobSpec, LoraSpec, parse_job, read_job
+from raytune_ft.spec.values import uri_mistake
+from raytune_ft.storage import split_uri
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -110,6 +112,26 @@ PROBLEMS = [
         ["publish.catalog=gs://x"],
         "  publish.catalog: scheme 'gs' is not supported; use a folder, file:// or s3://",
     ),
+    (
+        ["publish.catalog=hdfs:/x"],
+        "  publish.catalog: scheme 'hdfs' is not supported; use a folder, file:// or s3://",
+    ),
+    (
+        ["publish.catalog=s3:/adapters"],
+        "  publish.catalog: 's3:/adapters' is no uri; did you mean s3://adapters? "
+        "The folder of that name is ./s3:/adapters",
+    ),
+    (["data.sources.0.uri=S3://b/x"], "  data.sources[0].uri: 'S3://b/x' is no uri; did you mean s3://b/x?"),
+    (
+        ["data.sources.0.uri=hf:/a/b"],
+        "  data.sources[0].uri: 'hf:/a/b' is no uri; did you mean hf://a/b? "
+        "The folder of that name is ./hf:/a/b",
+    ),
+    (
+        ["model.path=file:/models/base"],
+        "  model.path: 'file:/models/base' is no uri; did you mean file:///models/base? "
+        "The folder of that name is ./file:/models/base",
+    ),
     (["publish.catalog=s3://${NOT_SET}"], "  publish.catalog: environment variable NOT_SET is not set"),
     (
         ["name=A B"],
@@ -137,6 +159,65 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated() -> None:
         parse_job(job(), ["model.path=s3://AKIA:hunter2@bucket/x"])
     assert "holds credentials" in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_in_a_mistyped_uri_is_not_repeated() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_job(job(), ["model.path=s3:/AKIA:hunter2@bucket/x"])
+    assert str(caught.value).endswith("model.path: 's3:…' is no uri; did you mean s3://…?")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("s3:x", "s3://x"),
+        ("s3//x/y", "s3://x/y"),
+        ("s3:///x", "s3://x"),
+        (" s3://x", "s3://x"),
+        ("S3:/x", "s3://x"),
+        ("s3a://x", "s3://x"),
+        ("s3:\\\\x\\y", "s3://x/y"),
+        ("file:/x", "file:///x"),
+        ("FILE:///x", "file:///x"),
+        ("file//x", "file:///x"),
+        ("HF://a/b", "hf://a/b"),
+    ],
+)
+def test_a_mistyped_uri_is_told_what_it_likely_means(text: str, meant: str) -> None:
+    mistake = uri_mistake(text)
+    assert mistake is not None
+    assert f"is no uri; did you mean {meant}?" in mistake
+    with pytest.raises(BadInput, match="did you mean"):
+        split_uri(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://x",
+        "file:///x",
+        "file://x",
+        "hf://a/b",
+        "s3",
+        "s3/x",
+        "./s3:/x",
+        "/a/s3:/x",
+        "C:/x",
+        "a:/b",
+        "s3x:y",
+    ],
+)
+def test_a_uri_and_a_path_are_no_mistakes(text: str) -> None:
+    assert uri_mistake(text) is None
+
+
+def test_a_relative_path_is_told_with_the_place_it_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError) as caught:
+        read_job("jobs/x.yaml")
+    assert str(caught.value) == f"jobs/x.yaml: no such file (looked for {tmp_path}/jobs/x.yaml)"
 
 
 def test_environment_variables_in_uris_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from raytune_ft.catalog import Catalog
+from raytune_ft.errors import BadInput, CatalogError
+from raytune_ft.spec.values import uri_mistake
+from raytune_ft.storage import FolderStorage
+from raytune_ft.terminal import visible
 
 CatalogOption = Annotated[
     str,
@@ -33,15 +38,24 @@ app = typer.Typer(
 
 
 def open_catalog(uri: str) -> Catalog:
+    """A catalog that is read: where it is a folder, it has to exist, though it may be empty."""
     catalog = Catalog.at(uri)
     catalog.storage.check()
+    if isinstance(catalog.storage, FolderStorage) and not catalog.storage.root.exists():
+        raise CatalogError(f"{catalog.uri}: no such folder; name one that holds a catalog")
     return catalog
+
+
+def local_place(text: str) -> Path:
+    """Read an option that names a file or folder of this machine; a Path would make one of any uri."""
+    if "://" in text or uri_mistake(text):
+        raise BadInput(f"{text}: is not on this machine; name a local file or folder")
+    return Path(text)
 
 
 def plain(text: str) -> Text:
     """Text of a record without what a terminal would obey: others wrote it."""
-    unknown = "\N{REPLACEMENT CHARACTER}"
-    return Text("".join(letter if letter.isprintable() or letter == "\n" else unknown for letter in text))
+    return Text(visible(text))
 
 
 def print_notes(notes: Iterable[str]) -> None:

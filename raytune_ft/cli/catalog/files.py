@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from raytune_ft.catalog import (
     Trust,
@@ -18,7 +17,9 @@ from raytune_ft.cli.catalog.base import (
     CatalogOption,
     Reference,
     app,
+    local_place,
     open_catalog,
+    plain,
     print_json,
     print_notes,
     print_problems,
@@ -32,7 +33,10 @@ from raytune_ft.storage import open_storage
 def pull(
     reference: Reference,
     catalog: CatalogOption,
-    to: Annotated[Path | None, typer.Option(help="New or empty folder; ./NAME where not given.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(parser=local_place, metavar="PATH", help="New or empty folder; ./NAME where not given."),
+    ] = None,
     require_signature: RequireSignature = False,
     trusted_keys: TrustedKeys = [],  # noqa: B006  typer copies it
     as_json: AsJson = False,
@@ -46,7 +50,7 @@ def pull(
     else:
         size_bytes = sum(entry.size_bytes for entry in record.files)
         counted = f"{len(record.files)} files, {size_bytes:,} bytes"
-        Console(soft_wrap=True).print(Text(f"{record.reference} is in {folder} ({counted})"))
+        Console(soft_wrap=True).print(plain(f"{record.reference} is in {folder} ({counted})"))
 
 
 @app.command()
@@ -71,7 +75,7 @@ def verify(
         if not found.problems:
             looked = f"{found.versions:,} versions, {found.files:,} files, {found.size_bytes:,} bytes"
             Console(soft_wrap=True).print(
-                Text(f"{catalog} is sound: {looked}{' (--quick)' if quick else ''}")
+                plain(f"{catalog} is sound: {looked}{' (--quick)' if quick else ''}")
             )
     if found.problems:
         raise typer.Exit(CatalogError.exit_code)
@@ -99,6 +103,6 @@ def serve_dir(
         if not found.problems:
             done = {"copied": found.copied, "unchanged": found.unchanged, "removed": found.removed}
             text = "; ".join(f"{what}: {', '.join(names)}" for what, names in done.items() if names)
-            Console(soft_wrap=True).print(Text(f"{to} is in step with {alias}. {text}".rstrip()))
+            Console(soft_wrap=True).print(plain(f"{to} is in step with {alias}. {text}".rstrip()))
     if found.problems:
         raise typer.Exit(CatalogError.exit_code)

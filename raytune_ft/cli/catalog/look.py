@@ -64,9 +64,9 @@ def list_adapters(
     elif listing.rows:
         Console().print(_table(listing.rows))
     elif listing.damaged or store.newest_versions():
-        Console().print(Text(f"{store.uri} holds no adapter that passes"))
+        Console().print(plain(f"{store.uri} holds no adapter that passes"))
     else:
-        Console().print(Text(f"{store.uri} holds no adapter yet; raytune-ft train JOB.yaml publishes one"))
+        Console().print(plain(f"{store.uri} holds no adapter yet; raytune-ft train JOB.yaml publishes one"))
 
 
 @app.command()
@@ -95,7 +95,7 @@ def diff(old: Reference, new: Reference, catalog: CatalogOption, as_json: AsJson
     elif changes:
         Console().print(_changes(changes, names))
     else:
-        Console(soft_wrap=True).print(Text(f"{names[0]} and {names[1]} were made alike, and score alike"))
+        Console(soft_wrap=True).print(plain(f"{names[0]} and {names[1]} were made alike, and score alike"))
 
 
 @app.command()

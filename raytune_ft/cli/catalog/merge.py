@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 
 from raytune_ft.catalog import AdapterRecord, Trust
-from raytune_ft.cli.catalog.base import AsJson, CatalogOption, app, open_catalog, plain, print_json
+from raytune_ft.cli.catalog.base import (
+    AsJson,
+    CatalogOption,
+    app,
+    local_place,
+    open_catalog,
+    plain,
+    print_json,
+)
 from raytune_ft.cli.catalog.trust import RequireSignature, TrustedKeys, trust_of
 from raytune_ft.errors import CatalogError
 
@@ -32,7 +40,12 @@ Seed = Annotated[int | None, typer.Option(help="Of dare: which values are droppe
 IntoBase = Annotated[
     bool, typer.Option("--into-base", help="Merge one adapter into its base: a whole model.")
 ]
-To = Annotated[Path | None, typer.Option(help="With --into-base: new or empty folder, instead of --as.")]
+To = Annotated[
+    Path | None,
+    typer.Option(
+        parser=local_place, metavar="PATH", help="With --into-base: new or empty folder, instead of --as."
+    ),
+]
 Base = Annotated[str | None, typer.Option(metavar="URI", help="With --into-base: where the base is now.")]
 BaseValues = Annotated[
     str | None,

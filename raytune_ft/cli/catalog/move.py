@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from raytune_ft.catalog import AliasEntry, Catalog, alias_history, roll_back
 from raytune_ft.cli.catalog.base import (
@@ -96,4 +95,4 @@ def _print_move(adapter: str, alias: str, entry: AliasEntry, as_json: bool) -> N
         print_json(_move(adapter, alias, entry))
     else:
         before = f"; before it meant {_from(entry)}" if entry.previous else ""
-        Console(soft_wrap=True).print(Text(f"{adapter}@{alias} means v{entry.version}{before}"))
+        Console(soft_wrap=True).print(plain(f"{adapter}@{alias} means v{entry.version}{before}"))

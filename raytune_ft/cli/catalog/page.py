@@ -6,17 +6,25 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from raytune_ft import __version__
 from raytune_ft.catalog.listing import list_versions
-from raytune_ft.cli.catalog.base import AsJson, CatalogOption, app, open_catalog, print_json, print_notes
+from raytune_ft.cli.catalog.base import (
+    AsJson,
+    CatalogOption,
+    app,
+    local_place,
+    open_catalog,
+    plain,
+    print_json,
+    print_notes,
+)
 
 
 @app.command()
 def report(
     catalog: CatalogOption,
-    to: Annotated[Path, typer.Option(metavar="FILE.html", help="Its folder must exist.")],
+    to: Annotated[Path, typer.Option(parser=local_place, metavar="FILE.html", help="Its folder must exist.")],
     as_json: AsJson = False,
 ) -> None:
     """Write all adapters as one HTML page that needs no server: search, sort, versions, lineage."""
@@ -38,4 +46,4 @@ def report(
     else:
         left_out = f", {counts['left_out']:,} left out" if found.damaged else ""
         plural = "" if counts["adapters"] == 1 else "s"
-        Console(soft_wrap=True).print(Text(f"{to} shows {counts['adapters']:,} adapter{plural}{left_out}"))
+        Console(soft_wrap=True).print(plain(f"{to} shows {counts['adapters']:,} adapter{plural}{left_out}"))

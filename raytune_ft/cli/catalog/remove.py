@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from raytune_ft.catalog import Swept, remove_version, restore_version, sweep
 from raytune_ft.cli.catalog.base import (
@@ -39,7 +38,7 @@ def remove(
     if as_json:
         print_json(removal.model_dump(exclude={"schema_version", "token"}))
     else:
-        Console(soft_wrap=True).print(Text(f"{version} is removed; until gc it can be restored"))
+        Console(soft_wrap=True).print(plain(f"{version} is removed; until gc it can be restored"))
 
 
 @app.command()
@@ -49,7 +48,7 @@ def restore(version: Version, catalog: CatalogOption, as_json: AsJson = False) -
     if as_json:
         print_json({"adapter": record.adapter, "version": record.version})
     else:
-        Console(soft_wrap=True).print(Text(f"{record.reference} is restored"))
+        Console(soft_wrap=True).print(plain(f"{record.reference} is restored"))
 
 
 @app.command()
@@ -93,4 +92,4 @@ def _print_swept(swept: Swept, catalog: str, dry_run: bool) -> None:
         f"{len(swept.unfinished):,} unfinished uploads"
     )
     done = "would be removed from" if dry_run else "removed from"
-    console.print(Text(f"{done} {catalog}: {counted}, {swept.size_bytes:,} bytes"))
+    console.print(plain(f"{done} {catalog}: {counted}, {swept.size_bytes:,} bytes"))
