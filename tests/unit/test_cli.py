@@ -233,13 +233,15 @@ class TestBadInput:
     ) -> None:
         # A folder of its own: a tokenizer that was loaded before may be kept.
         other = shutil.copytree(base, tmp_path / "other")
-        record = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))
-        record.write_text(record.read_text().replace(str(base), str(other)))
         tokenizer = json.loads((other / "tokenizer.json").read_text())
         attack = "\x1b]0;owned\x07\u202e\tone\ntwo"
         replaced = {"type": "Replace", "pattern": {"Regex": ".+"}, "content": attack}
         tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"], replaced]}
         (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        record = Path(Catalog.at(catalog).resolve("plus-one").uri(catalog))
+        said = json.loads(record.read_text().replace(str(base), str(other)))
+        said["base"]["tokenizer_digest"] = tokenizer_digest(other)
+        record.write_text(json.dumps(said))
         asked = ("generate", "hello", "--adapter", "plus-one", "--catalog", catalog)
         shown, as_json = run(*asked), run(*asked, "--json")
         assert shown.code == 0, shown.err
