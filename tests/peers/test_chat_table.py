@@ -139,7 +139,13 @@ def marked_by_transformers(template: ChatTemplate, conversation: Conversation) -
 
 
 @needs_trl
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.endswith("_training")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if number % 3 == 0 else pytest.mark.slow)
+        for number, name in enumerate(name for name in TEMPLATES if name.endswith("_training"))
+    ],
+)
 def test_learned_text_is_that_of_trls_masks(name: str) -> None:
     template = TEMPLATES[name]
     compared = 0

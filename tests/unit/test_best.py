@@ -169,6 +169,7 @@ def zero_worker(rank: int, world: int, folder: str) -> None:
             assert_best_is_written(trained, history, written)
 
 
+@pytest.mark.slow
 def test_the_best_step_of_divided_weights_is_published(base: Path, keys: Path, tmp_path: Path) -> None:
     job = overfitting_job(base, keys, tmp_path / "catalog")
     (tmp_path / "job.json").write_text(json.dumps(job.resolved()))

@@ -138,6 +138,7 @@ class KillingDesk:
         return answer
 
 
+@pytest.mark.slow
 def test_another_lane_goes_on_and_publishes_the_same(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
