@@ -36,8 +36,7 @@ def saved_without_settings(model: "PreTrainedModel") -> Iterator[None]:
     if own is None:
         yield
         return
-    if own is not None:
-        model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:

@@ -26,13 +26,10 @@ def check_counts(survey: Survey, data: DataSpec, quarantine: str | None) -> Data
         DataError: a source is empty, too many records are malformed or too many examples too long, of all
             data or of a source, or no training example is left.
     """
-    reports = survey.read()
-    total = Counts()
-    for report in reports:
-        total.add(report.counts)
+    total = survey.counts()
     _check_files(survey, data)
     counts = counted(survey, data)
-    masked = sum(report.reasons.get(NO_LEARNED_TOKENS, 0) for report in reports)
+    masked = sum(report.reasons.get(NO_LEARNED_TOKENS, 0) for report in survey.read())
     if not survey.complete and total.records < _TELLING_RECORDS:
         # The rest is judged as it is read.
         return counts
@@ -98,9 +95,7 @@ def _too_long(
 
 
 def _check_source(survey: Survey, data: DataSpec, quarantine: str | None, at: int) -> None:
-    found = Counts()
-    for report in survey.read(at):
-        found.add(report.counts)
+    found = survey.counts(at)
     if survey.extent(at) and found.records < _TELLING_RECORDS:
         return
     if found.bad > data.max_bad_fraction * found.records:

@@ -164,6 +164,13 @@ class Survey:
         """Reports of a source, or of all, in the order of the windows."""
         return [self.reports[number] for number in self._of(source) if number in self.reports]
 
+    def counts(self, source: int | None = None) -> Counts:
+        """What was counted of a source, or of all, in the windows that were read."""
+        total = Counts()
+        for report in self.read(source):
+            total.add(report.counts)
+        return total
+
     def extent(self, source: int | None = None) -> str:
         """What a message says of counts that are not of everything: '' where they are."""
         windows, read = len(self._of(source)), len(self.read(source))
@@ -183,9 +190,7 @@ def count_sources(survey: Survey, data: DataSpec) -> DataCounts:
     """Counts per source, scaled up by bytes where a survey is not complete."""
     sources = []
     for source in range(len(data.sources)):
-        counts = Counts()
-        for report in survey.read(source):
-            counts.add(report.counts)
+        counts = survey.counts(source)
         sources.append(counts if survey.complete else counts.scaled(survey.scale(source)))
     objects = Counter(window.source for window in survey.windows if window.part == 0)
     return DataCounts(

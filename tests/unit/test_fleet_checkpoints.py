@@ -99,6 +99,18 @@ def test_what_may_go(losses: list[float | None], keep: int, keep_best: bool) -> 
     assert not measured or losses.index(min(measured)) in {one.step for one in stay}, "of equals the earlier"
 
 
+class Gated(JobCheckpoints):
+    """Adds nothing before a gate opens."""
+
+    def __init__(self, storage: Storage, gate: threading.Event) -> None:
+        super().__init__(storage, keep=9)
+        self._gate = gate
+
+    def add(self, *given: Any, **named: Any) -> int:
+        self._gate.wait()
+        return super().add(*given, **named)
+
+
 class TestKeeping:
     def keeping(self, kept: Any, threads: ThreadPoolExecutor, folder: Path, told: list[int]) -> JobKeeping:
         return JobKeeping(kept, threads, folder, may_write=lambda: None, on_kept=told.append)
@@ -110,14 +122,8 @@ class TestKeeping:
         self, storage: Storage, tmp_path: Path
     ) -> None:
         gate, told = threading.Event(), list[int]()
-
-        class Slow(JobCheckpoints):
-            def add(self, *given: Any, **named: Any) -> int:
-                gate.wait()
-                return super().add(*given, **named)
-
         with ThreadPoolExecutor(2) as threads:
-            keeping = self.keeping(Slow(storage, keep=9), threads, tmp_path, told)
+            keeping = self.keeping(Gated(storage, gate), threads, tmp_path, told)
             for step, wait in ((1, False), (2, False), (3, True)):
                 keeping.send(lambda: self.write, {"step": step}, wait=wait)
             gate.set()
@@ -130,14 +136,8 @@ class TestKeeping:
         self, storage: Storage, tmp_path: Path
     ) -> None:
         gate, told = threading.Event(), list[int]()
-
-        class Slow(JobCheckpoints):
-            def add(self, *given: Any, **named: Any) -> int:
-                gate.wait()
-                return super().add(*given, **named)
-
         with ThreadPoolExecutor(4) as threads:
-            keeping = self.keeping(Slow(storage, keep=9), threads, tmp_path, told)
+            keeping = self.keeping(Gated(storage, gate), threads, tmp_path, told)
             sent = ((1, False, True), (2, False, True), (3, False, False), (4, False, True), (5, True, False))
             keeping.send(lambda: self.write, {"step": 0}, wait=False)
             while keeping._waiting:
